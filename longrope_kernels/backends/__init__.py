@@ -1,0 +1,80 @@
+"""The backends and the pure function that picks one.
+
+A backend is a module with `NAME`, `unavailable_reason`, `supports`, `apply_rope`, `attention` and
+`attention_backward`; `docs/backends.md` tells how to add one. `LONGROPE_KERNELS_DEBUG=1` prints each choice once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+import warnings
+from types import ModuleType
+
+from torch import Tensor
+
+from ..errors import BackendUnavailableError, refuse
+
+# In the order in which they are tried for tensors of a device type; the reference runs everywhere.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
+NAMES = ("reference", "cpu")
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    """Import backend `name` (one of `NAMES`)."""
+    if name not in NAMES:
+        refuse("backend", repr(name), f"one of {', '.join(map(repr, NAMES))} or None")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def unavailable_reason(name: str) -> str | None:
+    """Return why backend `name` cannot run on this machine, or None where it can."""
+    return load(name).unavailable_reason()
+
+
+def pick(op: str, query: Tensor, backend: str | None) -> ModuleType:
+    """Return the backend that runs `op` on `query`.
+
+    Args:
+        op: "apply_rope", "attention" or "attention_backward".
+        query: the tensor whose device, dtype and head_dim decide.
+        backend: a name to force, or None (or "") for the first that can.
+
+    Raises:
+        BackendUnavailableError: the forced backend cannot run here, or not this problem.
+    """
+    if backend:
+        module = load(backend)
+        reason = module.unavailable_reason() or module.supports(op, query)
+        if reason:
+            refuse("backend", repr(backend), f"one that can run {op} here: {reason}", BackendUnavailableError)
+        return module
+    reasons = []
+    for name in PREFERENCE.get(query.device.type, ("reference",)):
+        module = load(name)
+        reason = module.unavailable_reason() or module.supports(op, query)
+        if reason is None:
+            if name == "reference":
+                _warn_slow("; ".join(reasons) or f"no kernels for {query.device.type} tensors")
+            _debug(op, name, str(query.dtype), query.shape[-1])
+            return module
+        reasons.append(f"{name}: {reason}")
+    raise BackendUnavailableError("; ".join(reasons))
+
+
+@functools.cache
+def _warn_slow(reason: str) -> None:
+    warnings.warn(
+        f"longrope_kernels runs on the fp64 reference backend, up to 100 times slower than a kernel ({reason})",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def _debug(op: str, name: str, dtype: str, head_dim: int) -> None:
+    if os.environ.get("LONGROPE_KERNELS_DEBUG"):
+        print(f"longrope_kernels: {op} {dtype} head_dim {head_dim} -> {name}", file=sys.stderr)

@@ -1,0 +1,294 @@
+"""What users call: checks every argument, fills in defaults, and hands over to the ops."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .bundles import Rotation
+from .errors import refuse
+from .rope import LongRope, RopeScaling
+
+
+def apply_rope(
+    query: Tensor,
+    key: Tensor | None,
+    scaling: RopeScaling | LongRope | None = None,
+    positions: Tensor | None = None,
+    *,
+    key_positions: Tensor | None = None,
+    regime_index: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotate queries and keys by exact angles: `position * frequency` is reduced modulo a turn in 64-bit integers.
+
+    Args:
+        query: [batch, query_heads, query_tokens, head_dim], float32, float16 or bfloat16; any strides, the last 1.
+        key: [batch, key_heads, key_tokens, head_dim], or None to rotate the query alone.
+        scaling: one regime, or a ladder of which each sequence gets the regime of its length (largest position + 1).
+        positions: integers in [0, 2**31), [query_tokens] or [batch, query_tokens]. None: 0, 1, ... for the keys, and
+            for the queries the last of those (0, 1, ... where key is None).
+        key_positions: positions of the keys; None: those of the queries, where both have as many tokens.
+        regime_index: int[batch], the regime of each sequence, instead of its length's. Only with a LongRope.
+        cos, sin: tables instead of `scaling`, for parity with weights tuned under other angles: [tokens, P] or
+            [batch, tokens, P], P = rotary_dim / 2, used as they are in float32; query and key share them.
+        interleaved: layout of the pairs for `cos` and `sin`; a scaling has its own.
+        backend: "cpu", "reference", or None for the fastest that can.
+
+    Returns:
+        The rotated query and key (None where key is), in their dtypes. Differentiable, also in rescale factors.
+
+    Raises:
+        ValueError, TypeError: one line that names the argument.
+        BackendUnavailableError: the forced backend cannot run here.
+
+    Examples:
+        >>> scaling = RopeScaling(head_dim=64, theta=1e4)
+        >>> q, k = apply_rope(torch.randn(1, 8, 5, 64), torch.randn(1, 2, 5, 64), scaling)
+
+    Reference: RoFormer, arXiv 2104.09864; LongRoPE, arXiv 2402.13753.
+    """
+    checks.operand("query", query)
+    if key is not None:
+        checks.operand("key", key, query)
+    if cos is not None or sin is not None:
+        if scaling is not None or positions is not None:
+            refuse("cos", "tables beside a scaling or positions", "either cos and sin, or scaling and positions")
+        return _apply_tables(query, key, cos, sin, interleaved)
+    if not isinstance(scaling, (RopeScaling, LongRope)):
+        refuse("scaling", type(scaling).__name__, "a RopeScaling, a LongRope, or cos and sin tables", TypeError)
+    batch, _, query_tokens, _ = query.shape
+    if key is None:
+        key = query[:, :0]
+    key_tokens = key.shape[2]
+    if key_positions is None and positions is not None:
+        if key_tokens != query_tokens:
+            refuse("key_positions", None, f"positions of the {key_tokens} keys, as the query has {query_tokens} tokens")
+        key_positions = positions
+    query_at = checks.positions("positions", positions, batch, query_tokens, query.device)
+    key_at = checks.positions("key_positions", key_positions, batch, key_tokens, query.device)
+    if query_at is None:
+        if query_tokens > key_tokens:
+            refuse("positions", None, f"positions, as the query has {query_tokens} tokens and the key {key_tokens}")
+        query_at = torch.arange(key_tokens - query_tokens, key_tokens, device=query.device).expand(batch, -1)
+    if key_at is None:
+        key_at = torch.arange(key_tokens, device=query.device).expand(batch, -1)
+    if isinstance(scaling, LongRope) and regime_index is None:
+        regime_index = scaling.select_index(torch.maximum(_span(query_at), _span(key_at)))
+    rotation = _rotation(scaling, regime_index, query)
+    rotated, rotated_key = ops.apply_rope(
+        query, key, *_tables(rotation), query_at, key_at, rotation.interleaved, False, backend or ""
+    )
+    return rotated, rotated_key if key.shape[1] else None
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: RopeScaling | LongRope | None = ...,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    window: int | tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    query_positions: Tensor | None = ...,
+    key_positions: Tensor | None = ...,
+    key_start: Tensor | None = ...,
+    key_length: Tensor | None = ...,
+    query_start: Tensor | None = ...,
+    regime_index: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: RopeScaling | LongRope | None = ...,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    window: int | tuple[int, int] | None = ...,
+    softcap: float | None = ...,
+    query_positions: Tensor | None = ...,
+    key_positions: Tensor | None = ...,
+    key_start: Tensor | None = ...,
+    key_length: Tensor | None = ...,
+    query_start: Tensor | None = ...,
+    regime_index: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: RopeScaling | LongRope | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    key_start: Tensor | None = None,
+    key_length: Tensor | None = None,
+    query_start: Tensor | None = None,
+    regime_index: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with rotation fused in: queries and keys come unrotated, and so can be cached unrotated.
+
+    Sequence b is the key slots [key_start, key_start + key_length); a token's index counts from key_start. Masks go by
+    index, rotation by position, and positions default to the index.
+
+    Args:
+        query: [batch, query_heads, query_tokens, head_dim], float32, float16 or bfloat16; any strides, the last 1.
+        key, value: [batch, key_heads, key_tokens, head_dim]; key_heads divides query_heads (GQA, MQA).
+        scaling: one regime for all; a LongRope, of which each sequence gets the regime of its own length; None: no
+            rotation.
+        is_causal: a query sees the keys up to its own index. Alignment is bottom-right: without `query_start` the last
+            query is the last key.
+        scale: of the scores; None: head_dim ** -0.5.
+        window: W: the query itself and the W - 1 keys before it; (left, right): that many keys on each side, -1 all.
+        softcap: scores become softcap * tanh(score / softcap).
+        query_positions, key_positions: rotation positions, integers in [0, 2**31), [tokens] or [batch, tokens].
+        key_start, key_length, query_start: int[batch]: first slot and number of keys of each sequence, and the index
+            of its first query. None: 0, the slots that are left, and key_length - query_tokens.
+        regime_index: int[batch], the regime of each sequence, instead of its length's. Only with a LongRope.
+        return_lse: return the log-sum-exp of the scores too.
+        backend: "cpu", "reference", or None for the fastest that can.
+
+    Returns:
+        out, like query; with `return_lse` also lse, float32[batch, query_heads, query_tokens], natural logarithm.
+        A query that sees no key gives out 0 and lse -inf. Differentiable, lse and rescale factors included.
+
+    Raises:
+        ValueError, TypeError: one line that names the argument, its value and what was expected.
+        BackendUnavailableError: the forced backend cannot run here.
+
+    Examples:
+        >>> rope = LongRope.yarn(64, 1e5, 8192, 16384)
+        >>> q, k, v = torch.randn(1, 9, 128, 64), torch.randn(1, 3, 128, 64), torch.randn(1, 3, 128, 64)
+        >>> attention(q, k, v, rope).shape
+        torch.Size([1, 9, 128, 64])
+
+    Reference: FlashAttention-2, arXiv 2307.08691; LongRoPE, arXiv 2402.13753.
+    """
+    checks.operand("query", query)
+    checks.operand("key", key, query)
+    checks.operand("value", value, query)
+    checks.heads(query, key)
+    for dim, what in ((1, "heads"), (2, "tokens")):
+        if value.shape[dim] != key.shape[dim]:
+            refuse("value", f"{value.shape[dim]} {what}", f"those of key, {key.shape[dim]}")
+    checks.positive_or_none("scale", scale)
+    checks.positive_or_none("softcap", softcap)
+    window_left, window_right = checks.window(window)
+    if scaling is not None and not isinstance(scaling, (RopeScaling, LongRope)):
+        refuse("scaling", type(scaling).__name__, "a RopeScaling, a LongRope or None", TypeError)
+
+    batch, _, query_tokens, head_dim = query.shape
+    key_tokens, device = key.shape[2], query.device
+    query_positions = checks.positions("query_positions", query_positions, batch, query_tokens, device)
+    key_positions = checks.positions("key_positions", key_positions, batch, key_tokens, device)
+    query_start = checks.per_sequence("query_start", query_start, batch, device)
+    key_start = checks.per_sequence("key_start", key_start, batch, device)
+    key_length = checks.per_sequence("key_length", key_length, batch, device)
+    if isinstance(scaling, LongRope) and regime_index is None:
+        if key_positions is not None:
+            lengths = _span(key_positions)
+        elif key_length is not None:
+            lengths = key_length
+        else:
+            lengths = torch.full((batch,), key_tokens, device=device) - (0 if key_start is None else key_start)
+        if query_positions is not None:
+            lengths = torch.maximum(lengths, _span(query_positions))
+        regime_index = scaling.select_index(lengths)
+    rotation = _rotation(scaling, regime_index, query)
+    out, lse = ops.attention(
+        query,
+        key,
+        value,
+        *_tables(rotation),
+        query_positions,
+        key_positions,
+        query_start,
+        key_start,
+        key_length,
+        head_dim**-0.5 if scale is None else float(scale),
+        bool(is_causal),
+        window_left,
+        window_right,
+        0.0 if softcap is None else float(softcap),
+        rotation.interleaved,
+        backend or "",
+    )
+    return (out, lse) if return_lse else out
+
+
+def _rotation(scaling: RopeScaling | LongRope | None, regime_index: Tensor | None, query: Tensor) -> Rotation:
+    batch, device = query.shape[0], query.device
+    index = checks.per_sequence("regime_index", regime_index, batch, device, torch.int32)
+    if index is not None and not isinstance(scaling, LongRope):
+        refuse("regime_index", "a tensor", f"None with a scaling of type {type(scaling).__name__}")
+    if index is None:
+        index = torch.zeros(batch, dtype=torch.int32, device=device)
+    if scaling is None:
+        none = torch.zeros(1, 0, dtype=torch.int64, device=device)
+        start = torch.zeros(1, dtype=torch.int64, device=device)
+        return Rotation(none, none, none.double(), start, torch.ones(1, device=device), index, False)
+    if scaling.head_dim != query.shape[-1]:
+        refuse("scaling", f"head_dim {scaling.head_dim}", f"that of query, {query.shape[-1]}")
+    return scaling.rotation(index)
+
+
+def _tables(rotation: Rotation) -> tuple[Tensor, ...]:
+    return (
+        rotation.turns,
+        rotation.base_turns,
+        rotation.inv_freq,
+        rotation.start_tokens,
+        rotation.attention_factor,
+        rotation.regime_index,
+    )
+
+
+def _span(positions: Tensor) -> Tensor:
+    """Tokens from position 0 to the largest, int64[batch]."""
+    if positions.shape[1] == 0:
+        return torch.zeros(positions.shape[0], dtype=torch.int64, device=positions.device)
+    return positions.amax(1) + 1
+
+
+def _apply_tables(
+    query: Tensor, key: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool
+) -> tuple[Tensor, Tensor | None]:
+    if cos is None or sin is None:
+        refuse("sin" if sin is None else "cos", None, "both tables, cos and sin")
+    tokens, pairs = query.shape[2], cos.shape[-1]
+    shapes = ((tokens, pairs), (query.shape[0], tokens, pairs))
+    for name, table in (("cos", cos), ("sin", sin)):
+        if tuple(table.shape) not in shapes or not 0 < 2 * pairs <= query.shape[-1]:
+            refuse(name, f"shape {tuple(table.shape)}", f"[{tokens}, P] or [batch, {tokens}, P], 2 P <= head_dim")
+    if key is not None and key.shape[2] != tokens:
+        refuse("key", f"{key.shape[2]} tokens", f"those of query, {tokens}, as both share the tables")
+    cos, sin = (table.float().unsqueeze(-3) for table in (cos, sin))
+
+    def one(x: Tensor) -> Tensor:
+        rotary, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
+        a, b = (rotary[..., 0::2], rotary[..., 1::2]) if interleaved else rotary.split(pairs, dim=-1)
+        turned = (a * cos - b * sin, b * cos + a * sin)
+        rotary = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+        return torch.cat((rotary.to(x.dtype), rest), dim=-1)
+
+    return one(query), None if key is None else one(key)

@@ -1,0 +1,517 @@
+"""What a rotary embedding is: one regime (`RopeScaling`) and the ladder of regimes of a LongRoPE model (`LongRope`)."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import config as _config
+from .bundles import Rotation
+from .errors import refuse
+from .turns import base_turns, fixed_point, turns_of_inv_freq
+
+MAX_POSITION = 2**31  # exclusive; the fixed-point angle is accurate to 2^-31 turn below it
+
+
+class RopeScaling:
+    """One rotary regime: pair i turns by `theta^(-2i/rotary_dim) / rescale_factors[i]` radians per token.
+
+    Positions below `start_tokens` (LongRoPE's n-hat) keep the original frequency. cos and sin are multiplied by
+    `attention_factor` at every position. Instances are immutable by convention and compare by value.
+
+    Attributes (besides the arguments): `turns` and `base_turns`, int64[rotary_dim / 2], the rescaled and the original
+    frequencies in 2^-64 turn per token, wrapped; `base_inv_freq`, float64[rotary_dim / 2], in radians per token.
+
+    Args:
+        head_dim: dimensions of a head.
+        theta: base of the frequencies; give this or `inv_freq`.
+        inv_freq: unrescaled frequencies, rotary_dim / 2 values in radians per token, instead of `theta`.
+        rescale_factors: LongRoPE's lambda, rotary_dim / 2 positive values; None: all 1. A float64 tensor that
+            requires a gradient receives it through the attention.
+        start_tokens: n-hat, in tokens.
+        attention_factor: multiplies cos and sin of queries and keys.
+        rotary_dim: dimensions that rotate, the first of the head; None: all.
+        interleaved: pairs are dims (2i, 2i+1), GPT-J's layout, rather than (i, i + rotary_dim/2), NeoX's and Llama's.
+
+    Raises:
+        ValueError: an argument is out of range, not finite or of the wrong length; the line names it.
+
+    Examples:
+        >>> scaling = RopeScaling(head_dim=64, theta=1e5, rescale_factors=[1.0] * 16 + [2.0] * 16)
+        >>> scaling.inv_freq.shape
+        torch.Size([32])
+
+    Reference: LongRoPE, arXiv 2402.13753, equation 3.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float | None = None,
+        rescale_factors: Iterable[float] | Tensor | None = None,
+        start_tokens: int = 0,
+        attention_factor: float = 1.0,
+        rotary_dim: int | None = None,
+        interleaved: bool = False,
+        *,
+        inv_freq: Iterable[float] | Tensor | None = None,
+        monotone: bool = False,
+    ) -> None:
+        if not _is_int(head_dim) or head_dim < 2:
+            refuse("head_dim", head_dim, "an int >= 2")
+        rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        if not _is_int(rotary_dim) or not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
+            refuse("rotary_dim", rotary_dim, f"an even int between 2 and head_dim ({head_dim})")
+        if (theta is None) == (inv_freq is None):
+            refuse("theta", theta, f"either theta or inv_freq, not both and not neither (inv_freq={_brief(inv_freq)})")
+        pairs = rotary_dim // 2
+        if theta is not None and not (_is_real(theta) and math.isfinite(theta) and theta > 1):
+            refuse("theta", theta, "a finite number > 1")
+        if not _is_int(start_tokens) or not 0 <= start_tokens < MAX_POSITION:
+            refuse("start_tokens", start_tokens, "an int in [0, 2**31)")
+        if not (_is_real(attention_factor) and math.isfinite(attention_factor) and attention_factor > 0):
+            refuse("attention_factor", attention_factor, "a finite number > 0")
+
+        self.head_dim = int(head_dim)
+        self.rotary_dim = int(rotary_dim)
+        self.theta = None if theta is None else float(theta)
+        self.start_tokens = int(start_tokens)
+        self.attention_factor = float(attention_factor)
+        self.interleaved = bool(interleaved)
+        self._given_inv_freq = None if inv_freq is None else _positive("inv_freq", inv_freq, pairs)
+        factors = torch.ones(pairs, dtype=torch.float64) if rescale_factors is None else rescale_factors
+        self.rescale_factors: tuple[float, ...] = _positive("rescale_factors", factors, pairs)
+        if monotone:
+            check_monotone(self.rescale_factors)
+        self._factor_tensor = factors if isinstance(factors, Tensor) and factors.requires_grad else None
+
+        exact = turns_of_inv_freq(self._given_inv_freq) if self._given_inv_freq else base_turns(self.theta, rotary_dim)
+        self.turns = torch.tensor(fixed_point(exact, self.rescale_factors), dtype=torch.int64)
+        self.base_turns = torch.tensor(fixed_point(exact, [1.0] * pairs), dtype=torch.int64)
+        self._tables: Tables | None = None
+        base = self._given_inv_freq or [float(turn) * 2 * math.pi for turn in exact]
+        self.base_inv_freq = torch.tensor(base, dtype=torch.float64)
+
+    @property
+    def pairs(self) -> int:
+        """Rotary pairs, rotary_dim / 2."""
+        return self.rotary_dim // 2
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Rescaled frequencies, float64[pairs], in radians per token; differentiable in `rescale_factors`."""
+        if self._factor_tensor is not None:
+            return self.base_inv_freq / self._factor_tensor.to("cpu", torch.float64)
+        return self.base_inv_freq / torch.tensor(self.rescale_factors, dtype=torch.float64)
+
+    def rotation(self, regime_index: Tensor) -> Rotation:
+        """Bundle this regime for a batch whose `regime_index` (int32[batch]) is all zero."""
+        if self._tables is None:
+            self._tables = Tables((self,))
+        return self._tables.rotation(regime_index)
+
+    @property
+    def is_identity(self) -> bool:
+        """True when this is the unscaled rotary embedding: factors and attention factor are all 1."""
+        return self.attention_factor == 1.0 and all(factor == 1.0 for factor in self.rescale_factors)
+
+    def replace(self, **changes: Any) -> RopeScaling:
+        """Return a copy with some constructor arguments changed."""
+        arguments: dict[str, Any] = {
+            "head_dim": self.head_dim,
+            "theta": self.theta,
+            "inv_freq": self._given_inv_freq,
+            "rescale_factors": self.rescale_factors if self._factor_tensor is None else self._factor_tensor,
+            "start_tokens": self.start_tokens,
+            "attention_factor": self.attention_factor,
+            "rotary_dim": self.rotary_dim,
+            "interleaved": self.interleaved,
+        }
+        if changes.get("theta") is not None:
+            arguments["inv_freq"] = None
+        if changes.get("inv_freq") is not None:
+            arguments["theta"] = None
+        return RopeScaling(**(arguments | changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict from which `from_dict` restores an equal instance, bit for bit."""
+        return {
+            "head_dim": self.head_dim,
+            "rotary_dim": self.rotary_dim,
+            "interleaved": self.interleaved,
+            "theta": self.theta,
+            "inv_freq": None if self._given_inv_freq is None else list(self._given_inv_freq),
+            "rescale_factors": list(self.rescale_factors),
+            "start_tokens": self.start_tokens,
+            "attention_factor": self.attention_factor,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> RopeScaling:
+        """Restore an instance written by `to_dict`."""
+        known = {*cls._FIELDS}
+        if unknown := sorted(set(fields) - known):
+            refuse("fields", unknown, f"only {sorted(known)}")
+        if "head_dim" not in fields:
+            refuse("fields", sorted(fields), "a dict with head_dim")
+        return cls(**fields)
+
+    _FIELDS = (
+        "head_dim",
+        "rotary_dim",
+        "interleaved",
+        "theta",
+        "inv_freq",
+        "rescale_factors",
+        "start_tokens",
+        "attention_factor",
+    )
+
+    @classmethod
+    def pi(cls, head_dim: int, theta: float, factor: float, **kwargs: Any) -> RopeScaling:
+        """Position interpolation: every frequency divided by `factor` (arXiv 2306.15595)."""
+        pairs = (kwargs.get("rotary_dim") or head_dim) // 2
+        return cls(head_dim, theta, [_scale_factor(factor)] * pairs, **kwargs)
+
+    @classmethod
+    def ntk(cls, head_dim: int, theta: float, factor: float, **kwargs: Any) -> RopeScaling:
+        """NTK-aware scaling: a larger base, so that the slowest pair is divided by `factor` and the first by 1."""
+        rotary_dim = kwargs.get("rotary_dim") or head_dim
+        pairs = rotary_dim // 2
+        last = max(pairs - 1, 1)
+        return cls(head_dim, theta, [_scale_factor(factor) ** (pair / last) for pair in range(pairs)], **kwargs)
+
+    @classmethod
+    def yarn(
+        cls,
+        head_dim: int,
+        theta: float,
+        factor: float,
+        original_max_position_embeddings: int,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+        attention_factor: float | None = None,
+        truncate: bool = True,
+        **kwargs: Any,
+    ) -> RopeScaling:
+        """YaRN: pairs with many periods in the original window kept, those with under one divided by `factor`.
+
+        Args:
+            beta_fast, beta_slow: periods in the original window between which the ramp lies.
+            attention_factor: None: YaRN's `0.1 ln(factor) + 1`.
+            truncate: round the ends of the ramp to whole pairs, as the released code does.
+
+        Reference: arXiv 2309.00071.
+        """
+        rotary_dim = kwargs.get("rotary_dim") or head_dim
+        factors = _config.yarn_factors(
+            rotary_dim, theta, _scale_factor(factor), original_max_position_embeddings, beta_fast, beta_slow, truncate
+        )
+        if attention_factor is None:
+            attention_factor = 0.1 * math.log(factor) + 1.0
+        return cls(head_dim, theta, factors, attention_factor=attention_factor, **kwargs)
+
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(self._given_inv_freq if name == "inv_freq" else getattr(self, name) for name in self._FIELDS)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RopeScaling) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        base = f"theta={self.theta:g}" if self.theta is not None else f"inv_freq=<{self.pairs} values>"
+        low, high = min(self.rescale_factors), max(self.rescale_factors)
+        return (
+            f"RopeScaling(head_dim={self.head_dim}, {base}, "
+            f"rescale_factors=<{self.pairs} values in [{low:g}, {high:g}]>, start_tokens={self.start_tokens}, attention_factor={self.attention_factor:g}, "
+            f"rotary_dim={self.rotary_dim}, interleaved={self.interleaved})"
+        )
+
+
+class LongRope:
+    """The ladder of rotary regimes of a model: each serves sequences up to its length.
+
+    Args:
+        original_max_position_embeddings: tokens the model was trained on before it was extended.
+        regimes: from the longest sequence (tokens) a regime serves to its `RopeScaling`. Sequences longer than the
+            longest length get the last regime, as in transformers.
+
+    Raises:
+        ValueError: no regime, a length that is not a positive int, or regimes that disagree in shape or base.
+
+    Examples:
+        >>> short = RopeScaling(head_dim=64, theta=1e5)
+        >>> rope = LongRope(8192, {8192: short, 16384: RopeScaling.pi(64, 1e5, 2.0)})
+        >>> rope.select(8193).rescale_factors[0]
+        2.0
+    """
+
+    def __init__(self, original_max_position_embeddings: int, regimes: Mapping[int, RopeScaling]) -> None:
+        if not _is_int(original_max_position_embeddings) or original_max_position_embeddings < 1:
+            refuse("original_max_position_embeddings", original_max_position_embeddings, "an int >= 1")
+        if not regimes:
+            refuse("regimes", dict(regimes), "at least one length with its RopeScaling")
+        for length, scaling in regimes.items():
+            if not _is_int(length) or length < 1:
+                refuse("regimes", f"length {length!r}", "lengths that are ints >= 1")
+            if not isinstance(scaling, RopeScaling):
+                refuse("regimes", f"{type(scaling).__name__} at {length}", "a RopeScaling for every length", TypeError)
+        self.original_max_position_embeddings = int(original_max_position_embeddings)
+        self.regimes: dict[int, RopeScaling] = {int(length): regimes[length] for length in sorted(regimes)}
+        first, *rest = self.regimes.values()
+        for scaling in rest:
+            for name in ("head_dim", "rotary_dim", "interleaved", "theta", "_given_inv_freq"):
+                if getattr(scaling, name) != getattr(first, name):
+                    refuse("regimes", f"{name.lstrip('_')} {getattr(scaling, name)}", f"{getattr(first, name)} in all")
+        self._tables = Tables(self.scalings)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Longest sequence of each regime, ascending, in tokens."""
+        return tuple(self.regimes)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest sequence the ladder was made for, in tokens."""
+        return self.lengths[-1]
+
+    @property
+    def scalings(self) -> tuple[RopeScaling, ...]:
+        """The regimes, shortest first."""
+        return tuple(self.regimes.values())
+
+    @property
+    def head_dim(self) -> int:
+        return self.scalings[0].head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.scalings[0].rotary_dim
+
+    @property
+    def interleaved(self) -> bool:
+        return self.scalings[0].interleaved
+
+    def select(self, length: int) -> RopeScaling:
+        """Return the regime of a sequence of `length` tokens: the first whose length is not exceeded."""
+        if not _is_int(length) or length < 0:
+            refuse("length", length, "an int >= 0")
+        return self.scalings[min(bisect.bisect_left(self.lengths, length), len(self.regimes) - 1)]
+
+    def select_index(self, lengths: Tensor) -> Tensor:
+        """Return the regime of each sequence, int32 like `lengths`, computed on its device without a host copy."""
+        bounds = torch.tensor(self.lengths[:-1], dtype=torch.int64).to(lengths.device, non_blocking=True)
+        return torch.bucketize(lengths.to(torch.int64), bounds, out_int32=True)
+
+    def rotation(self, regime_index: Tensor) -> Rotation:
+        """Bundle the tables of all regimes with the regime of each sequence (int32[batch])."""
+        return self._tables.rotation(regime_index)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict, lossless (n-hat, several regimes and attention factors included)."""
+        return {
+            "format": "longrope-kernels/1",
+            "original_max_position_embeddings": self.original_max_position_embeddings,
+            "regimes": [{"max_length": length} | scaling.to_dict() for length, scaling in self.regimes.items()],
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LongRope:
+        """Restore what `to_dict` wrote.
+
+        Raises:
+            ValueError: another format, or a field missing.
+        """
+        if fields.get("format") != "longrope-kernels/1":
+            refuse("fields", f"format {fields.get('format')!r}", "format 'longrope-kernels/1'")
+        for name in ("original_max_position_embeddings", "regimes"):
+            if name not in fields:
+                refuse("fields", sorted(fields), f"a dict with {name}")
+        regimes = {}
+        for regime in fields["regimes"]:
+            regime = dict(regime)
+            if "max_length" not in regime:
+                refuse("regimes", sorted(regime), "max_length in every regime")
+            regimes[regime.pop("max_length")] = RopeScaling.from_dict(regime)
+        return cls(fields["original_max_position_embeddings"], regimes)
+
+    @classmethod
+    def from_config(cls, config: Any, layer_type: str | None = None) -> LongRope:
+        """Read the rotary embedding of a transformers configuration.
+
+        Args:
+            config: a `PretrainedConfig`, or a dict like its `to_dict()`.
+            layer_type: which entry to read where a model has one embedding per layer type (Gemma-3).
+
+        Returns:
+            One regime for the kinds default, linear, yarn and llama3; two for longrope and dynamic is refused.
+
+        Raises:
+            UnsupportedRopeError: the model has no RoPE, or of a kind that depends on more than the pair and regime.
+        """
+        return _config.long_rope_from_config(cls, RopeScaling, config, layer_type)
+
+    def to_config(self, allow_loss: bool = False) -> dict[str, Any]:
+        """Return transformers' `rope_parameters` of type longrope that say the same.
+
+        Args:
+            allow_loss: write what can be written where transformers cannot say it all (start tokens, more than two
+                regimes, a short attention factor unlike the long one) instead of raising.
+
+        Returns:
+            A dict for `config.rope_parameters`; `max_position_embeddings` is a field of the config beside it.
+        """
+        return _config.long_rope_to_config(self, allow_loss)
+
+    @classmethod
+    def pi(
+        cls,
+        head_dim: int,
+        theta: float,
+        original_max_position_embeddings: int,
+        max_position_embeddings: int,
+        **kwargs: Any,
+    ) -> LongRope:
+        """Position interpolation beyond the original length; the original embedding up to it."""
+        factor = _length_ratio(original_max_position_embeddings, max_position_embeddings)
+        return cls._two(
+            original_max_position_embeddings, max_position_embeddings, RopeScaling.pi(head_dim, theta, factor, **kwargs)
+        )
+
+    @classmethod
+    def ntk(
+        cls,
+        head_dim: int,
+        theta: float,
+        original_max_position_embeddings: int,
+        max_position_embeddings: int,
+        **kwargs: Any,
+    ) -> LongRope:
+        """NTK-aware scaling beyond the original length; the original embedding up to it."""
+        factor = _length_ratio(original_max_position_embeddings, max_position_embeddings)
+        return cls._two(
+            original_max_position_embeddings,
+            max_position_embeddings,
+            RopeScaling.ntk(head_dim, theta, factor, **kwargs),
+        )
+
+    @classmethod
+    def yarn(
+        cls,
+        head_dim: int,
+        theta: float,
+        original_max_position_embeddings: int,
+        max_position_embeddings: int,
+        **kwargs: Any,
+    ) -> LongRope:
+        """YaRN beyond the original length; the original embedding up to it."""
+        factor = _length_ratio(original_max_position_embeddings, max_position_embeddings)
+        return cls._two(
+            original_max_position_embeddings,
+            max_position_embeddings,
+            RopeScaling.yarn(head_dim, theta, factor, original_max_position_embeddings, **kwargs),
+        )
+
+    @classmethod
+    def _two(cls, original: int, longest: int, scaling: RopeScaling) -> LongRope:
+        short = scaling.replace(rescale_factors=None, start_tokens=0, attention_factor=1.0)
+        return cls(original, {original: short, longest: scaling})
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, LongRope)
+            and self.original_max_position_embeddings == other.original_max_position_embeddings
+            and self.regimes == other.regimes
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.original_max_position_embeddings, tuple(self.regimes.items())))
+
+    def __repr__(self) -> str:
+        regimes = ", ".join(f"{length}: {scaling!r}" for length, scaling in self.regimes.items())
+        return f"LongRope({self.original_max_position_embeddings}, {{{regimes}}})"
+
+
+def check_monotone(rescale_factors: Iterable[float]) -> None:
+    """Raise ValueError unless every factor is at least the one of the next faster pair (the paper's rule)."""
+    factors = tuple(rescale_factors)
+    for pair, (before, after) in enumerate(itertools.pairwise(factors)):
+        if after < before:
+            refuse("rescale_factors", f"{after} at pair {pair + 1} after {before}", "factors that never decrease")
+
+
+class Tables:
+    """The tensors of some regimes, stacked once and kept per device."""
+
+    def __init__(self, scalings: tuple[RopeScaling, ...]) -> None:
+        self._scalings = scalings
+        self._interleaved = scalings[0].interleaved
+        self._differentiable = any(scaling._factor_tensor is not None for scaling in scalings)
+        cpu = (
+            torch.stack([scaling.turns for scaling in scalings]),
+            torch.stack([scaling.base_turns for scaling in scalings]),
+            torch.stack([scaling.inv_freq.detach() for scaling in scalings]),
+            torch.tensor([scaling.start_tokens for scaling in scalings], dtype=torch.int64),
+            torch.tensor([scaling.attention_factor for scaling in scalings], dtype=torch.float32),
+        )
+        self._by_device = {torch.device("cpu"): cpu}
+
+    def rotation(self, regime_index: Tensor) -> Rotation:
+        """Bundle the tables with int32[batch] regimes, on the device of the latter."""
+        device = regime_index.device
+        if device not in self._by_device:
+            self._by_device[device] = tuple(table.to(device) for table in self._by_device[torch.device("cpu")])
+        turns, base, inv_freq, start_tokens, factor = self._by_device[device]
+        if self._differentiable:
+            inv_freq = torch.stack([scaling.inv_freq for scaling in self._scalings]).to(device)
+        return Rotation(turns, base, inv_freq, start_tokens, factor, regime_index, self._interleaved)
+
+
+def _positive(name: str, values: Iterable[float] | Tensor, count: int) -> tuple[float, ...]:
+    if isinstance(values, Tensor):
+        values = values.detach().to("cpu", torch.float64).flatten().tolist()
+    try:
+        result = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        refuse(name, _brief(values), f"{count} numbers", TypeError)
+    if len(result) != count:
+        refuse(name, f"{len(result)} values", f"{count} (rotary_dim / 2)")
+    for pair, value in enumerate(result):
+        if not (math.isfinite(value) and value > 0):
+            refuse(name, f"{value} at pair {pair}", "finite numbers > 0")
+    return result
+
+
+def _scale_factor(factor: float) -> float:
+    if not (_is_real(factor) and math.isfinite(factor) and factor >= 1):
+        refuse("factor", factor, "a finite number >= 1")
+    return float(factor)
+
+
+def _length_ratio(original: int, longest: int) -> float:
+    if not _is_int(original) or original < 1:
+        refuse("original_max_position_embeddings", original, "an int >= 1")
+    if not _is_int(longest) or longest <= original:
+        refuse("max_position_embeddings", longest, f"an int above the original length {original}")
+    return longest / original
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
