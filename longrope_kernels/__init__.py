@@ -1,11 +1,23 @@
 """Non-uniform rotary position embedding, fused with blockwise attention."""
 
+from importlib import import_module
+from types import ModuleType
+
 from . import reference
 from .errors import BackendUnavailableError, UnsupportedRopeError
 from .functional import apply_rope, attention
 from .rope import LongRope, RopeScaling, check_monotone
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    # Loaded on use: testing needs hypothesis, integrations need what they integrate with.
+    if name in ("testing", "integrations"):
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "BackendUnavailableError",
     "LongRope",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import dataclasses
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import checks, ops
-from .bundles import Rotation
+from .bundles import Geometry, Rotation
 from .errors import refuse
 from .rope import LongRope, RopeScaling
 
@@ -184,6 +185,45 @@ def attention(
 
     Reference: FlashAttention-2, arXiv 2307.08691; LongRoPE, arXiv 2402.13753.
     """
+    rotation, geometry = bundle(
+        query,
+        key,
+        value,
+        scaling,
+        is_causal,
+        scale,
+        window,
+        softcap,
+        query_positions,
+        key_positions,
+        key_start,
+        key_length,
+        query_start,
+        regime_index,
+    )
+    out, lse = ops.attention(
+        query, key, value, *_tables(rotation), *_fields(geometry), rotation.interleaved, backend or ""
+    )
+    return (out, lse) if return_lse else out
+
+
+def bundle(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: RopeScaling | LongRope | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    key_start: Tensor | None = None,
+    key_length: Tensor | None = None,
+    query_start: Tensor | None = None,
+    regime_index: Tensor | None = None,
+) -> tuple[Rotation, Geometry]:
+    """Check the arguments of `attention` and return what it hands to a backend beside the operands."""
     checks.operand("query", query)
     checks.operand("key", key, query)
     checks.operand("value", value, query)
@@ -214,12 +254,7 @@ def attention(
         if query_positions is not None:
             lengths = torch.maximum(lengths, _span(query_positions))
         regime_index = scaling.select_index(lengths)
-    rotation = _rotation(scaling, regime_index, query)
-    out, lse = ops.attention(
-        query,
-        key,
-        value,
-        *_tables(rotation),
+    geometry = Geometry(
         query_positions,
         key_positions,
         query_start,
@@ -230,10 +265,8 @@ def attention(
         window_left,
         window_right,
         0.0 if softcap is None else float(softcap),
-        rotation.interleaved,
-        backend or "",
     )
-    return (out, lse) if return_lse else out
+    return _rotation(scaling, regime_index, query), geometry
 
 
 def _rotation(scaling: RopeScaling | LongRope | None, regime_index: Tensor | None, query: Tensor) -> Rotation:
@@ -261,6 +294,10 @@ def _tables(rotation: Rotation) -> tuple[Tensor, ...]:
         rotation.attention_factor,
         rotation.regime_index,
     )
+
+
+def _fields(geometry: Geometry) -> tuple[Any, ...]:
+    return tuple(getattr(geometry, field.name) for field in dataclasses.fields(geometry))
 
 
 def _span(positions: Tensor) -> Tensor:

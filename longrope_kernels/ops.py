@@ -12,22 +12,8 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
+from .backends.reference import inv_freq_gradient
 from .bundles import Geometry, Rotation
-
-
-def _rotary_gradient(rotated: Tensor, gradient: Tensor, positions: Tensor, rotation: Rotation) -> Tensor:
-    """Sum over p >= n-hat of p * (a db - b da), float64[R, P], of rotated pairs (a, b) and their gradients."""
-    pairs = rotation.turns.shape[-1]
-    if rotation.interleaved:
-        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
-    else:
-        first, second = slice(0, pairs), slice(pairs, 2 * pairs)
-    x, g = rotated.double(), gradient.double()
-    cross = x[..., first] * g[..., second] - x[..., second] * g[..., first]
-    regime = rotation.regime_index.long()
-    weight = torch.where(positions >= rotation.start_tokens[regime].unsqueeze(1), positions, 0).double()
-    total = torch.zeros_like(rotation.inv_freq)
-    return total.index_add_(0, regime, torch.einsum("bhtp,bt->bp", cross, weight))
 
 
 @torch.library.custom_op("longrope_kernels::apply_rope", mutates_args=())
@@ -70,14 +56,15 @@ def _apply_rope_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _apply_rope_backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Any, ...]:
-    *tables, query_positions, key_positions = ctx.saved_tensors[:8]
+    tables, (query_positions, key_positions) = ctx.saved_tensors[:6], ctx.saved_tensors[6:8]
     rotated = ctx.saved_tensors[8:]
     interleaved, conjugate, backend = ctx.flags
     grad_inv_freq = None
     if rotated:
-        rotation = Rotation(*tables, interleaved)
-        grad_inv_freq = _rotary_gradient(rotated[0], grad_query, query_positions, rotation)
-        grad_inv_freq = grad_inv_freq + _rotary_gradient(rotated[1], grad_key, key_positions, rotation)
+        turns, base_turns, inv_freq, start_tokens, attention_factor, regime_index = tables
+        rotation = Rotation(turns, base_turns, inv_freq, start_tokens, attention_factor, regime_index, interleaved)
+        grad_inv_freq = inv_freq_gradient(rotated[0], grad_query, query_positions, rotation)
+        grad_inv_freq = grad_inv_freq + inv_freq_gradient(rotated[1], grad_key, key_positions, rotation)
         if conjugate:
             grad_inv_freq = -grad_inv_freq
     d_query, d_key = apply_rope(
@@ -170,7 +157,7 @@ def attention_backward(
     window_right: int,
     softcap: float,
     interleaved: bool,
-    inv_freq_gradient: bool,
+    want_inv_freq: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `attention`: d query, d key, d value, and d inv_freq float64[R, P] (zeros unless asked for)."""
@@ -190,9 +177,7 @@ def attention_backward(
     checks.rotation_values(rotation)
     checks.geometry_values(geometry, query.shape[0], query.shape[2], key.shape[2])
     module = backends.pick("attention_backward", query, backend)
-    return module.attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, rotation, geometry, inv_freq_gradient
-    )
+    return module.attention_backward(grad_out, grad_lse, query, key, value, out, lse, rotation, geometry, want_inv_freq)
 
 
 @attention_backward.register_fake

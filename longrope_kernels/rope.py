@@ -231,7 +231,8 @@ class RopeScaling:
         low, high = min(self.rescale_factors), max(self.rescale_factors)
         return (
             f"RopeScaling(head_dim={self.head_dim}, {base}, "
-            f"rescale_factors=<{self.pairs} values in [{low:g}, {high:g}]>, start_tokens={self.start_tokens}, attention_factor={self.attention_factor:g}, "
+            f"rescale_factors=<{self.pairs} values in [{low:g}, {high:g}]>, start_tokens={self.start_tokens}, "
+            f"attention_factor={self.attention_factor:g}, "
             f"rotary_dim={self.rotary_dim}, interleaved={self.interleaved})"
         )
 
@@ -467,9 +468,18 @@ class Tables:
     def rotation(self, regime_index: Tensor) -> Rotation:
         """Bundle the tables with int32[batch] regimes, on the device of the latter."""
         device = regime_index.device
-        if device not in self._by_device:
-            self._by_device[device] = tuple(table.to(device) for table in self._by_device[torch.device("cpu")])
-        turns, base, inv_freq, start_tokens, factor = self._by_device[device]
+        tables = self._by_device.get(device)
+        if tables is None:
+            turns, base, inv_freq, start_tokens, factor = self._by_device[torch.device("cpu")]
+            tables = (
+                turns.to(device),
+                base.to(device),
+                inv_freq.to(device),
+                start_tokens.to(device),
+                factor.to(device),
+            )
+            self._by_device[device] = tables
+        turns, base, inv_freq, start_tokens, factor = tables
         if self._differentiable:
             inv_freq = torch.stack([scaling.inv_freq for scaling in self._scalings]).to(device)
         return Rotation(turns, base, inv_freq, start_tokens, factor, regime_index, self._interleaved)

@@ -52,7 +52,7 @@ def pick(op: str, query: Tensor, backend: str | None) -> ModuleType:
         if reason:
             refuse("backend", repr(backend), f"one that can run {op} here: {reason}", BackendUnavailableError)
         return module
-    reasons = []
+    reasons: list[str] = []
     for name in PREFERENCE.get(query.device.type, ("reference",)):
         module = load(name)
         reason = module.unavailable_reason() or module.supports(op, query)

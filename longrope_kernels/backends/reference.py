@@ -167,7 +167,7 @@ def attention_backward(
     lse: Tensor,
     rotation: Rotation,
     geometry: Geometry,
-    inv_freq_gradient: bool,
+    want_inv_freq: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `attention`, recomputed in float64 from the operands (`out` and `lse` are rounded and not read).
 
@@ -195,30 +195,38 @@ def attention_backward(
 
     d_key, d_value = problem.reduce(d_key), problem.reduce(d_value)
     d_inv_freq = torch.zeros_like(rotation.inv_freq)
-    if inv_freq_gradient:
+    if want_inv_freq:
         rotated_key = rotate(key.double(), problem.key_cos, problem.key_sin, rotation.interleaved)
         rotated_key = rotated_key.masked_fill(~problem.inside, 0.0)
-        _add_inv_freq_gradient(d_inv_freq, problem.query, d_query, problem.query_positions, rotation)
-        _add_inv_freq_gradient(d_inv_freq, rotated_key, d_key, problem.key_positions, rotation)
+        d_inv_freq = inv_freq_gradient(problem.query, d_query, problem.query_positions, rotation)
+        d_inv_freq += inv_freq_gradient(rotated_key, d_key, problem.key_positions, rotation)
     d_query = rotate(d_query, problem.query_cos, -problem.query_sin, rotation.interleaved)
     d_key = rotate(d_key, problem.key_cos, -problem.key_sin, rotation.interleaved)
     return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), d_inv_freq
 
 
-def _add_inv_freq_gradient(
-    total: Tensor, rotated: Tensor, gradient: Tensor, positions: Tensor, rotation: Rotation
-) -> None:
-    """Add sum over p >= n-hat of p * (a db - b da) of rotated pairs (a, b) to the row of each sequence's regime."""
+def inv_freq_gradient(rotated: Tensor, gradient: Tensor, positions: Tensor, rotation: Rotation) -> Tensor:
+    """Sum over positions p >= n-hat of p * (a db - b da), the gradient of the rescaled inverse frequencies.
+
+    Args:
+        rotated: [B, H, T, D], its pairs (a, b) already rotated. gradient: (da, db), of the same shape.
+        positions: int64[B, T].
+
+    Returns:
+        float64[R, P], each sequence added to the row of its regime.
+    """
     pairs = rotation.turns.shape[-1]
     if rotation.interleaved:
         first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
     else:
         first, second = slice(0, pairs), slice(pairs, 2 * pairs)
-    cross = rotated[..., first] * gradient[..., second] - rotated[..., second] * gradient[..., first]
+    x, g = rotated.double(), gradient.double()
+    cross = x[..., first] * g[..., second] - x[..., second] * g[..., first]
     regime = rotation.regime_index.long()
     reached = positions >= rotation.start_tokens[regime].unsqueeze(1)
     weight = torch.where(reached, positions, 0).double()
-    total.index_add_(0, regime, torch.einsum("bhtp,bt->bp", cross, weight))
+    total = torch.zeros_like(rotation.inv_freq)
+    return total.index_add_(0, regime, torch.einsum("bhtp,bt->bp", cross, weight))
 
 
 def _finite(lse: Tensor) -> Tensor:
