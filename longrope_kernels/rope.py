@@ -341,7 +341,8 @@ class LongRope:
             regime = dict(regime)
             if "max_length" not in regime:
                 refuse("regimes", sorted(regime), "max_length in every regime")
-            regimes[regime.pop("max_length")] = RopeScaling.from_dict(regime)
+            max_length = regime.pop("max_length")
+            regimes[max_length] = RopeScaling.from_dict(regime)
         return cls(fields["original_max_position_embeddings"], regimes)
 
     @classmethod
