@@ -1,0 +1,67 @@
+// Parameters of each op as one struct of pointers, strides and sizes: the same names on every backend.
+#pragma once
+
+#include <cstdint>
+
+namespace longrope {
+
+enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// A [batch, heads, tokens, head_dim] operand; the last dimension has unit stride.
+struct Operand {
+    void* data;
+    int64_t batch_stride;  // in elements
+    int64_t head_stride;   // in elements
+    int64_t token_stride;  // in elements
+};
+
+// Tables of R regimes over `pairs` pairs, row major.
+struct Rotation {
+    const int64_t* turns;           // [R, pairs], 2^-64 turn per token, from start_tokens on
+    const int64_t* base_turns;      // [R, pairs], 2^-64 turn per token, below start_tokens
+    const int64_t* start_tokens;    // [R], tokens
+    const float* attention_factor;  // [R], multiplies cos and sin
+    const int32_t* regime_index;    // [batch], row of the tables
+    int32_t pairs;                  // rotary_dim / 2
+    int32_t interleaved;            // pairs are dims (2i, 2i+1) rather than (i, i + pairs)
+};
+
+struct RopeOperand {
+    Operand input;
+    Operand output;
+    const int64_t* positions;        // [batch, tokens], unit stride in tokens
+    int64_t positions_batch_stride;  // in elements; 0: shared by the batch
+    int64_t heads, tokens;
+};
+
+struct RopeParams {
+    RopeOperand operands[2];  // query and key; heads 0: absent
+    Rotation rotation;
+    int64_t batch, head_dim;
+    Dtype dtype;
+    int32_t conjugate;  // rotate back
+    int32_t threads;
+};
+
+struct AttentionParams {
+    Operand query;  // [batch, query_heads, query_tokens, head_dim]
+    Operand key;    // [batch, key_heads, key_tokens, head_dim]
+    Operand value;  // like key
+    Operand out;    // like query
+    float* lse;     // [batch, query_heads, query_tokens], contiguous, natural log
+    Rotation rotation;
+    const int64_t* query_positions;  // [batch, query_tokens] contiguous, or null: the index
+    const int64_t* key_positions;    // [batch, key_tokens] contiguous, or null: the index
+    const int64_t* query_start;      // [batch], index of query row 0
+    const int64_t* key_start;        // [batch], first key slot
+    const int64_t* key_length;       // [batch], keys
+    int64_t batch, query_heads, key_heads, query_tokens, key_tokens, head_dim;
+    int64_t window_left;   // keys before the query, -1: unbounded
+    int64_t window_right;  // keys after the query, -1: unbounded; causal is 0
+    float scale;           // of the scores
+    float softcap;         // 0: none
+    Dtype dtype;
+    int32_t threads;
+};
+
+}  // namespace longrope

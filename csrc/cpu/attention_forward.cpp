@@ -1,0 +1,472 @@
+// Attention forward with rotation fused in, for one instruction set.
+//
+//   1. pack     each key block (256 keys, counted from the sequence's first) is rotated once, with one cos and sin per
+//               position for all heads, rounded to the operand's dtype, and laid out for the products
+//   2. attend   a task is 96 rows of one (sequence, key head); rows run over queries and the query heads that share the
+//               key head. Each strip of 6 rows walks its visible key blocks: scores in a 6 x 4-vector register tile,
+//               softmax on the strip in L1, then the product with the values into the strip's fp32 output
+//
+// Operations: 4 head_dim per visible score in the products, about 15 in the softmax. Bytes: packed keys and values stay
+// in L2 while 16 strips use them. Bound by the multiply-add units: bf16 pairs (vdpbf16ps) where the instruction set has
+// them, fp32 otherwise; fp16 is widened to fp32 when packed.
+//
+// A row's result depends on its own interval of keys alone: block boundaries are multiples of 256 in the key's index,
+// and what a strip computes outside a row's interval is multiplied by an exact zero.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace longrope {
+namespace {
+
+constexpr int kKeyBlock = 256;
+constexpr int kRowBlock = 16 * kTileRows;
+constexpr int kPanelKeys = kTileVectors * kLanes;
+constexpr int64_t kScratchBytes = int64_t{256} << 20;
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Products in fp32: one step of a product is one element.
+struct Fp32Math {
+    using Element = float;
+    static constexpr int kStep = 1;  // elements in a step
+    static vf multiply_add(vf sum, Element a, vf b) { return splat(a) * b + sum; }
+    static vf load_operand(const Element* p) { return load<vf>(p); }
+    using Vector = vf;
+};
+
+#if defined(__AVX512BF16__)
+// Products of bf16 pairs with fp32 sums: one step is two neighbouring elements, held as one 32-bit word.
+struct Bf16Math {
+    using Element = uint32_t;
+    static constexpr int kStep = 2;
+    using Vector = __m512bh;
+    static vf multiply_add(vf sum, Element a, Vector b) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), b);
+    }
+    static Vector load_operand(const Element* p) { return (__m512bh)_mm512_loadu_si512(p); }
+};
+#endif
+
+// Not inlined: inside its caller GCC 12 spills accumulators, and the whole kernel loses a third of its speed
+// (measured). sums[r][n] (+)= sum over steps of a[r][step] * panel[step][n]; with `scales`, sums start at scales[r] *
+// sums.
+template <class Math, int N>
+__attribute__((noinline)) void tile(const typename Math::Element* a, int64_t a_stride,
+                                    const typename Math::Element* panel, int steps, float* sums, int64_t sums_stride,
+                                    const float* scales) {
+    vf acc[kTileRows][N];
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n)
+            acc[r][n] = scales ? load<vf>(sums + r * sums_stride + n * kLanes) * scales[r] : splat(0.0f);
+    for (int step = 0; step < steps; ++step) {
+        typename Math::Vector b[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) b[n] = Math::load_operand(panel + (int64_t{step} * N + n) * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r) {
+            const typename Math::Element x = a[r * a_stride + step];
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) acc[r][n] = Math::multiply_add(acc[r][n], x, b[n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) store(sums + r * sums_stride + n * kLanes, acc[r][n]);
+}
+
+template <class Math>
+void tile_of(int vectors, const typename Math::Element* a, int64_t a_stride, const typename Math::Element* panel,
+             int steps, float* sums, int64_t sums_stride, const float* scales) {
+    static_assert(kTileVectors <= 4, "add a case");
+    switch (vectors) {
+        case 1:
+            return tile<Math, 1>(a, a_stride, panel, steps, sums, sums_stride, scales);
+        case 2:
+            return tile<Math, 2>(a, a_stride, panel, steps, sums, sums_stride, scales);
+#if defined(__AVX512F__)
+        case 3:
+            return tile<Math, 3>(a, a_stride, panel, steps, sums, sums_stride, scales);
+        default:
+            return tile<Math, 4>(a, a_stride, panel, steps, sums, sums_stride, scales);
+#endif
+    }
+}
+
+// How head_dim columns of the values split into panels of at most kTileVectors vectors, as evenly as possible.
+struct ValuePanels {
+    int vectors, panels;
+
+    explicit ValuePanels(int64_t head_dim)
+        : vectors(static_cast<int>((head_dim + kLanes - 1) / kLanes)),
+          panels((vectors + kTileVectors - 1) / kTileVectors) {}
+    int first(int panel) const { return static_cast<int>(int64_t{vectors} * panel / panels); }
+    int width(int panel) const { return first(panel + 1) - first(panel); }
+    int columns() const { return vectors * kLanes; }
+};
+
+// Packed keys of a block: panels of kPanelKeys keys, [steps][kPanelKeys] each. Values: panels of columns,
+// [steps][columns].
+template <class T, class Math>
+struct Packed {
+    using Element = typename Math::Element;
+    int64_t key_steps, value_steps, key_elements, value_elements;
+    ValuePanels panels;
+
+    explicit Packed(int64_t head_dim)
+        : key_steps((head_dim + Math::kStep - 1) / Math::kStep),
+          value_steps(kKeyBlock / Math::kStep),
+          key_elements(key_steps * kKeyBlock),
+          value_elements(0),
+          panels(head_dim) {
+        value_elements = value_steps * panels.columns();
+    }
+    int64_t block_elements() const { return key_elements + value_elements; }
+
+    static Element join(const T* row, int64_t index, int64_t size) {
+        if constexpr (Math::kStep == 1) {
+            return widen(row[index]);
+        } else {
+            const uint32_t low = row[2 * index].bits;
+            const uint32_t high = 2 * index + 1 < size ? row[2 * index + 1].bits : 0;
+            return low | high << 16;
+        }
+    }
+
+    // rows: kKeyBlock rotated keys of head_dim elements each, contiguous.
+    void pack_keys(const T* rows, int64_t head_dim, Element* to) const {
+        for (int first = 0; first < kKeyBlock; first += kPanelKeys)
+            for (int64_t step = 0; step < key_steps; ++step)
+                for (int k = 0; k < kPanelKeys; ++k)
+                    to[first * key_steps + step * kPanelKeys + k] = join(rows + (first + k) * head_dim, step, head_dim);
+    }
+
+    // `count` values at `rows`, `stride` elements apart; the rest of the block is zero.
+    void pack_values(const T* rows, int64_t stride, int count, int64_t head_dim, Element* to) const {
+        for (int panel = 0; panel < panels.panels; ++panel) {
+            const int64_t first = int64_t{panels.first(panel)} * kLanes;
+            const int64_t width = int64_t{panels.width(panel)} * kLanes;
+            const int64_t used = std::min(width, head_dim - first);
+            for (int64_t step = 0; step < value_steps; ++step, to += width) {
+                const T* low = rows + Math::kStep * step * stride + first;
+                const int present = static_cast<int>(std::min<int64_t>(Math::kStep, count - Math::kStep * step));
+                if (present <= 0) {
+                    std::memset(to, 0, sizeof(Element) * width);
+                    continue;
+                }
+                if constexpr (Math::kStep == 1) {
+                    for (int64_t c = 0; c < used; ++c) to[c] = widen(low[c]);
+                } else {
+                    const T* high = low + stride;
+                    if (present == 2)
+                        for (int64_t c = 0; c < used; ++c)
+                            to[c] = low[c].bits | static_cast<uint32_t>(high[c].bits) << 16;
+                    else
+                        for (int64_t c = 0; c < used; ++c) to[c] = low[c].bits;
+                }
+                for (int64_t c = used; c < width; ++c) to[c] = 0;
+            }
+        }
+    }
+};
+
+struct AlignedDelete {
+    void operator()(void* p) const { std::free(p); }
+};
+
+template <class T>
+using Buffer = std::unique_ptr<T[], AlignedDelete>;
+
+template <class T>
+Buffer<T> allocate(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
+    void* p = std::aligned_alloc(64, bytes);
+    if (p == nullptr) throw std::bad_alloc();
+    return Buffer<T>(static_cast<T*>(p));
+}
+
+template <class T>
+const T* row_of(const Operand& x, int64_t b, int64_t head, int64_t token) {
+    return static_cast<const T*>(x.data) + b * x.batch_stride + head * x.head_stride + token * x.token_stride;
+}
+
+// Rotates and packs block `block` of sequence b for every key head; `blocks` is where its packed blocks lie, one run of
+// `head_elements` per head.
+template <class T, class Math>
+void pack_block(const AttentionParams& p, const Packed<T, Math>& packed, int64_t b, int64_t block, int64_t first_head,
+                int64_t heads, typename Math::Element* to, int64_t head_elements, T* rows, float* cosines,
+                float* sines) {
+    const int64_t first = block * kKeyBlock;
+    const int count = static_cast<int>(std::min<int64_t>(kKeyBlock, p.key_length[b] - first));
+    const int pairs = p.rotation.pairs;
+    const int64_t slot = p.key_start[b] + first;
+    for (int k = 0; k < count; ++k) {
+        const int64_t position = p.key_positions ? p.key_positions[b * p.key_tokens + slot + k] : first + k;
+        rotation_row(p.rotation, b, position, cosines + int64_t{k} * pairs, sines + int64_t{k} * pairs);
+    }
+    for (int64_t head = 0; head < heads; ++head) {
+        for (int k = 0; k < count; ++k)
+            rotate_row(row_of<T>(p.key, b, first_head + head, slot + k), p.head_dim, pairs, p.rotation.interleaved,
+                       cosines + int64_t{k} * pairs, sines + int64_t{k} * pairs, rows + k * p.head_dim);
+        std::memset(static_cast<void*>(rows + count * p.head_dim), 0, sizeof(T) * (kKeyBlock - count) * p.head_dim);
+        typename Math::Element* block_to = to + head * head_elements + block * packed.block_elements();
+        packed.pack_keys(rows, p.head_dim, block_to);
+        packed.pack_values(row_of<T>(p.value, b, first_head + head, slot), p.value.token_stride, count, p.head_dim,
+                           block_to + packed.key_elements);
+    }
+}
+
+// What one worker needs to attend: one block of rows, and one strip's scores and probabilities.
+template <class T, class Math>
+struct Workspace {
+    Buffer<typename Math::Element> query;     // [kRowBlock][key_steps], rotated
+    Buffer<float> out;                        // [kRowBlock][columns]
+    Buffer<float> scores;                     // [kTileRows][kKeyBlock]
+    Buffer<float> probabilities;              // [kTileRows][kKeyBlock], as Math::Element
+    Buffer<float> angles;                     // [2][pairs]
+    Buffer<T> row;                            // [head_dim]
+    float largest[kRowBlock];                 // running maximum of log2 scores
+    float sums[kRowBlock][kLanes];            // running sum of probabilities, by lane
+    int64_t low[kRowBlock], high[kRowBlock];  // visible keys, by index
+
+    explicit Workspace(const AttentionParams& p, const Packed<T, Math>& packed)
+        : query(allocate<typename Math::Element>(kRowBlock * packed.key_steps)),
+          out(allocate<float>(kRowBlock * packed.panels.columns())),
+          scores(allocate<float>(kTileRows * kKeyBlock)),
+          probabilities(allocate<float>(kTileRows * kKeyBlock)),
+          angles(allocate<float>(2 * p.rotation.pairs)),
+          row(allocate<T>(p.head_dim)) {}
+};
+
+// Scores of a strip become probabilities: mask, softcap, running maximum and sum. Returns in `scales` what the strip's
+// output is to be multiplied by.
+template <class T, class Math>
+__attribute__((noinline)) void softmax_strip(const AttentionParams& p, Workspace<T, Math>& w, int first_row,
+                                             int64_t first_key, int begin, int end, float* scales) {
+    const vi lane = iota();
+    const float factor = p.scale * kLog2E;
+    const float cap = p.softcap * kLog2E;
+    for (int r = 0; r < kTileRows; ++r) {
+        const int row = first_row + r;
+        float* scores = w.scores.get() + r * kKeyBlock;
+        const int low = static_cast<int>(std::clamp<int64_t>(w.low[row] - first_key, begin, end));
+        const int high = static_cast<int>(std::clamp<int64_t>(w.high[row] - first_key, begin, end));
+        float multiplier = factor;
+        if (p.softcap > 0.0f) {
+            for (int c = begin; c < end; c += kLanes)
+                store(scores + c, tanhv(load<vf>(scores + c) * (p.scale / p.softcap)) * cap);
+            multiplier = 1.0f;
+        }
+        if (low > begin || high < end) {
+            const vf masked = splat(-kInfinity);
+            for (int c = begin; c < end; c += kLanes) {
+                if (c >= low && c + kLanes <= high) continue;
+                const vi column = lane + c;
+                store(scores + c, (column >= low) & (column < high) ? load<vf>(scores + c) : masked);
+            }
+        }
+        vf top = splat(-kInfinity);
+        for (int c = begin; c < end; c += kLanes) top = vmax(top, load<vf>(scores + c));
+        const float before = w.largest[row];
+        const float now = std::max(before, reduce_max(top) * multiplier);
+        w.largest[row] = now;
+        const float shift = now == -kInfinity ? 0.0f : now;
+        const float scale = before == -kInfinity ? 0.0f : exp2v(splat(before - shift))[0];
+        scales[r] = scale;
+        vf sum = load<vf>(w.sums[row]) * scale;
+        if constexpr (Math::kStep == 1) {
+            float* to = w.probabilities.get() + r * kKeyBlock;
+            for (int c = begin; c < end; c += kLanes) {
+                const vf x = exp2v(load<vf>(scores + c) * multiplier - shift);
+                sum += x;
+                store(to + c, x);
+            }
+        } else {
+#if defined(__AVX512BF16__)
+            uint16_t* to = reinterpret_cast<uint16_t*>(w.probabilities.get()) + r * kKeyBlock;
+            for (int c = begin; c < end; c += 2 * kLanes) {
+                const vf x = exp2v(load<vf>(scores + c) * multiplier - shift);
+                const vf y = exp2v(load<vf>(scores + c + kLanes) * multiplier - shift);
+                sum += x;
+                sum += y;
+                store(to + c, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+            }
+#endif
+        }
+        store(w.sums[row], sum);
+    }
+}
+
+template <class T, class Math>
+void attend_rows(const AttentionParams& p, const Packed<T, Math>& packed, Workspace<T, Math>& w, int64_t b,
+                 int64_t head, int64_t first_row, const typename Math::Element* blocks) {
+    using Element = typename Math::Element;
+    const int64_t group = p.query_heads / p.key_heads;
+    const int64_t all_rows = group * p.query_tokens;
+    const int rows = static_cast<int>(std::min<int64_t>(kRowBlock, all_rows - first_row));
+    const int columns = packed.panels.columns();
+    const int64_t length = p.key_length[b];
+    const int pairs = p.rotation.pairs;
+
+    int64_t token = -1;
+    for (int r = 0; r < kRowBlock; ++r) {
+        w.low[r] = w.high[r] = 0;
+        w.largest[r] = -kInfinity;
+        store(w.sums[r], splat(0.0f));
+        Element* query = w.query.get() + r * packed.key_steps;
+        if (r >= rows) {
+            std::memset(query, 0, sizeof(Element) * packed.key_steps);
+            continue;
+        }
+        const int64_t i = (first_row + r) / group;
+        const int64_t index = p.query_start[b] + i;
+        if (p.window_left >= 0) w.low[r] = std::max<int64_t>(0, index - p.window_left);
+        w.high[r] = p.window_right >= 0 ? std::min(length, index + p.window_right + 1) : length;
+        w.high[r] = std::max(w.high[r], w.low[r]);
+        if (i != token) {
+            const int64_t position = p.query_positions ? p.query_positions[b * p.query_tokens + i] : index;
+            rotation_row(p.rotation, b, position, w.angles.get(), w.angles.get() + pairs);
+            token = i;
+        }
+        rotate_row(row_of<T>(p.query, b, head * group + (first_row + r) % group, i), p.head_dim, pairs,
+                   p.rotation.interleaved, w.angles.get(), w.angles.get() + pairs, w.row.get());
+        for (int64_t step = 0; step < packed.key_steps; ++step)
+            query[step] = Packed<T, Math>::join(w.row.get(), step, p.head_dim);
+    }
+    std::memset(w.out.get(), 0, sizeof(float) * kRowBlock * columns);
+
+    const int strips = (rows + kTileRows - 1) / kTileRows;
+    int64_t first_key = std::numeric_limits<int64_t>::max(), last_key = 0;
+    for (int r = 0; r < rows; ++r)
+        if (w.high[r] > w.low[r]) {
+            first_key = std::min(first_key, w.low[r]);
+            last_key = std::max(last_key, w.high[r]);
+        }
+    for (int64_t block = first_key / kKeyBlock; block * kKeyBlock < last_key; ++block) {
+        const int64_t key = block * kKeyBlock;
+        const Element* keys = blocks + block * packed.block_elements();
+        const Element* values = keys + packed.key_elements;
+        for (int strip = 0; strip < strips; ++strip) {
+            const int row = strip * kTileRows;
+            int64_t low = kKeyBlock, high = 0;
+            for (int r = row; r < row + kTileRows; ++r)
+                if (w.high[r] > w.low[r]) {
+                    low = std::min(low, w.low[r] - key);
+                    high = std::max(high, w.high[r] - key);
+                }
+            if (high <= 0 || low >= kKeyBlock) continue;
+            const int begin = static_cast<int>(std::max<int64_t>(low, 0)) / kPanelKeys * kPanelKeys;
+            const int end =
+                std::min(kKeyBlock, (static_cast<int>(std::min<int64_t>(high, kKeyBlock)) + kPanelKeys - 1) /
+                                        kPanelKeys * kPanelKeys);
+            for (int c = begin; c < end; c += kPanelKeys)
+                tile<Math, kTileVectors>(w.query.get() + row * packed.key_steps, packed.key_steps,
+                                         keys + c * packed.key_steps, static_cast<int>(packed.key_steps),
+                                         w.scores.get() + c, kKeyBlock, nullptr);
+            float scales[kTileRows];
+            softmax_strip(p, w, row, key, begin, end, scales);
+            const Element* probabilities =
+                reinterpret_cast<const Element*>(w.probabilities.get()) + begin / Math::kStep;
+            for (int panel = 0; panel < packed.panels.panels; ++panel) {
+                const int first = packed.panels.first(panel) * kLanes, width = packed.panels.width(panel);
+                tile_of<Math>(width, probabilities, kKeyBlock / Math::kStep,
+                              values + packed.value_steps * first + int64_t{begin / Math::kStep} * width * kLanes,
+                              (end - begin) / Math::kStep, w.out.get() + row * columns + first, columns, scales);
+            }
+        }
+    }
+
+    T* out = static_cast<T*>(p.out.data) + b * p.out.batch_stride;
+    for (int r = 0; r < rows; ++r) {
+        const int64_t i = (first_row + r) / group, query_head = head * group + (first_row + r) % group;
+        T* to = out + query_head * p.out.head_stride + i * p.out.token_stride;
+        const float sum = reduce_add(load<vf>(w.sums[r]));
+        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+        const float* from = w.out.get() + r * columns;
+        const bool seen = w.largest[r] != -kInfinity;
+        for (int64_t d = 0; d < p.head_dim; ++d) narrow(seen ? from[d] * inverse : 0.0f, to + d);
+        p.lse[(b * p.query_heads + query_head) * p.query_tokens + i] =
+            seen ? (w.largest[r] + std::log2(sum)) * kLn2 : -kInfinity;
+    }
+}
+
+template <class T, class Math>
+void attention(const AttentionParams& p) {
+    using Element = typename Math::Element;
+    if (p.batch == 0 || p.query_heads == 0 || p.query_tokens == 0) return;
+    const Packed<T, Math> packed(p.head_dim);
+    const int64_t group = p.query_heads / p.key_heads;
+    const int64_t row_blocks = (group * p.query_tokens + kRowBlock - 1) / kRowBlock;
+    int64_t key_blocks = 1;
+    for (int64_t b = 0; b < p.batch; ++b)
+        key_blocks = std::max(key_blocks, (p.key_length[b] + kKeyBlock - 1) / kKeyBlock);
+    const int64_t head_elements = key_blocks * packed.block_elements();
+
+    // (sequence, key head) pairs go through the scratch in groups that fit it.
+    const int64_t pairs = p.batch * p.key_heads;
+    const int64_t fit =
+        std::clamp<int64_t>(kScratchBytes / static_cast<int64_t>(head_elements * sizeof(Element)), 1, pairs);
+    const Buffer<Element> scratch = allocate<Element>(fit * head_elements);
+    for (int64_t done = 0; done < pairs; done += fit) {
+        const int64_t count = std::min(fit, pairs - done);
+        // Heads of one sequence share their angles, so a packing task is a block of one sequence.
+        const int64_t first_batch = done / p.key_heads, last_batch = (done + count - 1) / p.key_heads;
+        std::atomic<int64_t> next_pack{0}, next_task{0};
+        run_workers(p.threads, [&](int) {
+            const Buffer<T> rows = allocate<T>(kKeyBlock * p.head_dim);
+            const Buffer<float> angles = allocate<float>(int64_t{2} * kKeyBlock * p.rotation.pairs);
+            const int64_t tasks = (last_batch - first_batch + 1) * key_blocks;
+            for (int64_t task; (task = next_pack.fetch_add(1)) < tasks;) {
+                const int64_t b = first_batch + task / key_blocks, block = task % key_blocks;
+                if (block * kKeyBlock >= p.key_length[b]) continue;
+                const int64_t first = std::max(done - b * p.key_heads, int64_t{0});
+                const int64_t last = std::min(done + count - b * p.key_heads, p.key_heads);
+                pack_block(p, packed, b, block, first, last - first,
+                           scratch.get() + (b * p.key_heads + first - done) * head_elements, head_elements, rows.get(),
+                           angles.get(), angles.get() + int64_t{kKeyBlock} * p.rotation.pairs);
+            }
+        });
+        run_workers(p.threads, [&](int) {
+            Workspace<T, Math> workspace(p, packed);
+            const int64_t tasks = count * row_blocks;
+            for (int64_t task; (task = next_task.fetch_add(1)) < tasks;) {
+                // Last rows first: with a causal mask they see the most keys, and short tasks fill the end.
+                const int64_t row_block = row_blocks - 1 - task / count, pair = task % count;
+                attend_rows(p, packed, workspace, (done + pair) / p.key_heads, (done + pair) % p.key_heads,
+                            row_block * kRowBlock, scratch.get() + pair * head_elements);
+            }
+        });
+    }
+}
+
+}  // namespace
+
+void LONGROPE_LEVEL(attention_forward)(const AttentionParams& p) {
+    switch (p.dtype) {
+        case Dtype::kFloat32:
+            return attention<float, Fp32Math>(p);
+        case Dtype::kFloat16:
+            return attention<_Float16, Fp32Math>(p);
+#if defined(__AVX512BF16__)
+        case Dtype::kBFloat16:
+            return attention<BFloat16, Bf16Math>(p);
+#else
+        case Dtype::kBFloat16:
+            return attention<BFloat16, Fp32Math>(p);
+#endif
+    }
+}
+
+}  // namespace longrope

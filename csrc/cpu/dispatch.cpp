@@ -1,0 +1,59 @@
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace longrope {
+namespace {
+
+#if defined(LONGROPE_X86)
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+#endif
+bool always() {
+    return true;
+}
+
+struct Level {
+    Kernels kernels;
+    bool (*present)();
+};
+
+const Level kLevels[] = {
+#if defined(LONGROPE_X86)
+    {{"avx512_bf16", attention_forward_avx512_bf16, apply_rope_avx512_bf16}, has_avx512_bf16},
+    {{"avx512", attention_forward_avx512, apply_rope_avx512}, has_avx512},
+    {{"avx2", attention_forward_avx2, apply_rope_avx2}, has_avx2},
+#endif
+    {{"portable", attention_forward_portable, apply_rope_portable}, always},
+};
+
+}  // namespace
+
+LevelNames usable_levels() {
+    LevelNames result{{}, 0};
+    for (const Level& level : kLevels)
+        if (level.present()) result.names[result.count++] = level.kernels.level;
+    return result;
+}
+
+const Kernels& kernels(const char* name) {
+    for (const Level& level : kLevels)
+        if (level.present() && (*name == '\0' || std::strcmp(name, level.kernels.level) == 0)) return level.kernels;
+    std::string known;
+    const LevelNames usable = usable_levels();
+    for (int i = 0; i < usable.count; ++i) known += (i ? ", " : "") + std::string(usable.names[i]);
+    throw std::invalid_argument("LONGROPE_KERNELS_CPU_LEVEL: got '" + std::string(name) +
+                                "', expected one that this processor and build have: " + known);
+}
+
+}  // namespace longrope

@@ -1,0 +1,203 @@
+// Vectors of fp32 at the width of the instruction set this file is compiled for. Everything here has internal linkage:
+// one source is compiled several times, and the linker must never merge functions of different instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+#include "../core/params.h"
+#include "../core/phase.h"
+
+namespace longrope {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kTileVectors = 4;  // 6 x 4 accumulators, 4 operands and a broadcast: 29 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kTileVectors = 2;  // 6 x 2 accumulators, 2 operands and a broadcast: 15 of 16 registers
+#else
+constexpr int kLanes = 4;
+constexpr int kTileVectors = 2;
+#endif
+constexpr int kTileRows = 6;
+
+typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
+
+template <class V, class T>
+inline V load(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V, class T>
+inline void store(T* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+inline vf splat(float x) {
+#if defined(__AVX512F__)
+    return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return _mm256_set1_ps(x);
+#elif defined(__SSE2__)
+    return _mm_set1_ps(x);
+#else
+    return vf{x, x, x, x};
+#endif
+}
+
+inline vi iota() {
+    vi v;
+    for (int i = 0; i < kLanes; ++i) v[i] = i;
+    return v;
+}
+
+inline vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+    return _mm_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline float reduce_max(vf v) {
+    float part[kLanes];
+    store(part, v);
+    for (int half = kLanes / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) part[i] = part[i] < part[i + half] ? part[i + half] : part[i];
+    return part[0];
+}
+
+// Pairwise, so that the order of additions is the same at every call.
+inline float reduce_add(vf v) {
+    float part[kLanes];
+    store(part, v);
+    for (int half = kLanes / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    return part[0];
+}
+
+// 2^x for x <= 127, to 1.5e-7 relative; 0 below -126 and at -inf.
+inline vf exp2v(vf x) {
+    const vf clamped = vmax(x, splat(-200.0f));
+#if defined(__AVX512F__)
+    const vf whole = _mm512_roundscale_ps(clamped, 0);
+#else
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const vf shifted = clamped + magic;
+    const vf whole = shifted - magic;
+#endif
+    const vf f = clamped - whole;
+    vf p = splat(0.0013264727252628313f);
+    p = p * f + 0.00967151278577525f;
+    p = p * f + 0.05550733744471168f;
+    p = p * f + 0.24022242083111842f;
+    p = p * f + 0.6931469775976784f;
+    p = p * f + 1.0f;
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(p, whole);
+#else
+    vi bits, exponent;
+    std::memcpy(&bits, &p, sizeof bits);
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    bits += exponent << 23;
+    std::memcpy(&p, &bits, sizeof bits);
+    return x >= -126.0f ? p : splat(0.0f);
+#endif
+}
+
+// tanh to 2e-7 absolute and relative: 1 - 2 / (e^2x + 1) away from zero, a polynomial near it.
+inline vf tanhv(vf x) {
+    const vf magnitude = vmax(x, -x);
+    const vf e = exp2v(vmax(magnitude * -2.88539008177792681f, splat(-100.0f)));  // e^(-2|x|)
+    const vf far = (1.0f - e) / (1.0f + e);
+    const vf x2 = x * x;
+    const vf near =
+        magnitude +
+        magnitude * x2 *
+            (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * (0.0218694885f + x2 * -0.00886323553f))));
+    const vf value = magnitude < 0.25f ? near : far;
+    return x < 0.0f ? -value : value;
+}
+
+inline float widen(float x) {
+    return x;
+}
+inline float widen(_Float16 x) {
+    return static_cast<float>(x);
+}
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float widen(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline void narrow(float x, float* to) {
+    *to = x;
+}
+inline void narrow(float x, _Float16* to) {
+    *to = static_cast<_Float16>(x);
+}
+
+// Round to nearest even; a NaN stays one.
+inline void narrow(float x, BFloat16* to) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+// cos and sin, times the attention factor, of every pair at one position of sequence b.
+inline void rotation_row(const Rotation& rotation, int64_t b, int64_t position, float* cosines, float* sines) {
+    const int64_t regime = rotation.regime_index[b];
+    const bool below = position < rotation.start_tokens[regime];
+    const int64_t* turns = (below ? rotation.base_turns : rotation.turns) + regime * rotation.pairs;
+    const float factor = rotation.attention_factor[regime];
+    for (int pair = 0; pair < rotation.pairs; ++pair) {
+        const CosSin value = cos_sin(phase_of(position, turns[pair]));
+        cosines[pair] = value.cos * factor;
+        sines[pair] = value.sin * factor;
+    }
+}
+
+// Rotate one row of head_dim values in fp32 and round it to T, as every backend must before a product.
+template <class T>
+inline void rotate_row(const T* row, int64_t head_dim, int pairs, bool interleaved, const float* cosines,
+                       const float* sines, T* to) {
+    if (interleaved) {
+        for (int i = 0; i < pairs; ++i) {
+            const float a = widen(row[2 * i]), b = widen(row[2 * i + 1]);
+            narrow(a * cosines[i] - b * sines[i], to + 2 * i);
+            narrow(b * cosines[i] + a * sines[i], to + 2 * i + 1);
+        }
+    } else {
+        for (int i = 0; i < pairs; ++i) {
+            const float a = widen(row[i]), b = widen(row[i + pairs]);
+            narrow(a * cosines[i] - b * sines[i], to + i);
+            narrow(b * cosines[i] + a * sines[i], to + i + pairs);
+        }
+    }
+    if (to != row) std::memcpy(to + 2 * pairs, row + 2 * pairs, sizeof(T) * (head_dim - 2 * pairs));
+}
+
+}  // namespace
+}  // namespace longrope
