@@ -34,8 +34,11 @@ class CMakeBuild(build_ext):
         except BuildFailed as failure:
             if mode == "1":
                 raise SystemExit(f"longrope-kernels: {failure}") from None
-            print(f"warning: longrope-kernels: {failure}; installing without native kernels, the reference backend "
-                  "works and is up to 100 times slower", file=sys.stderr)
+            print(
+                f"warning: longrope-kernels: {failure}; installing without native kernels, the reference backend "
+                "works and is up to 100 times slower",
+                file=sys.stderr,
+            )
             self.extensions = []
 
     def cmake(self, extension: Extension) -> None:
@@ -51,8 +54,14 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            cmake, "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'out'}",
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'out'}",
             f"-DCMAKE_CXX_COMPILER={compiler}",
             f"-DLONGROPE_SANITIZE={'ON' if os.environ.get('LONGROPE_KERNELS_SANITIZE') == '1' else 'OFF'}",
         ]
@@ -64,7 +73,8 @@ class CMakeBuild(build_ext):
                 log = build / "failure.log"
                 log.write_text(result.stdout + result.stderr)
                 errors = [line for line in (result.stdout + result.stderr).splitlines() if "rror" in line]
-                raise BuildFailed(f"building failed: {errors[0].strip() if errors else 'no message'} (all of it: {log})")
+                first = errors[0].strip() if errors else "no message"
+                raise BuildFailed(f"building failed: {first} (all of it: {log})")
         target.parent.mkdir(parents=True, exist_ok=True)
         built = next((build / "out").glob("_cpu*"))
         shutil.copy2(built, target)

@@ -78,8 +78,13 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130)
     for name, color in WAYS.items():
         axes.plot([r["position"] for r in rows], [r[name] for r in rows], marker="o", ms=3, color=color, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="position (tokens)", ylabel="largest error of cos",
-             title=f"Error of the rotary angle by position (theta {THETA:g}, head_dim {HEAD_DIM})")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="position (tokens)",
+        ylabel="largest error of cos",
+        title=f"Error of the rotary angle by position (theta {THETA:g}, head_dim {HEAD_DIM})",
+    )
     axes.axhline(3e-7, color="#1f6feb", lw=0.8, ls=":")
     axes.text(1100, 3.6e-7, "contract: 3e-7", color="#1f6feb", fontsize=8)
     axes.grid(alpha=0.25, which="both")

@@ -84,8 +84,16 @@ def apply_rope(
         outputs.append(out)
         operands.append((_operand(x), _operand(out), positions.data_ptr(), positions.stride(0), *x.shape[1:3]))
     tables, keep_tables = _tables(rotation)
-    _native.apply_rope(level(), *operands, tables, query.shape[0], query.shape[3], _DTYPES[query.dtype], conjugate,
-                       torch.get_num_threads())
+    _native.apply_rope(
+        level(),
+        *operands,
+        tables,
+        query.shape[0],
+        query.shape[3],
+        _DTYPES[query.dtype],
+        conjugate,
+        torch.get_num_threads(),
+    )
     del keep, keep_tables
     assert outputs[0] is not None
     return outputs[0], outputs[1]
@@ -141,7 +149,11 @@ def _tables(rotation: Rotation) -> tuple[tuple[Any, ...], list[Tensor]]:
     tensors = [
         x.contiguous()
         for x in (
-            rotation.turns, rotation.base_turns, rotation.start_tokens, rotation.attention_factor, rotation.regime_index
+            rotation.turns,
+            rotation.base_turns,
+            rotation.start_tokens,
+            rotation.attention_factor,
+            rotation.regime_index,
         )
     ]
     pairs = rotation.turns.shape[-1]
