@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from types import ModuleType
 from typing import Any
@@ -17,11 +18,11 @@ from . import reference
 
 NAME = "cpu"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_native: ModuleType | None
+_native: ModuleType | None = None
+_import_error = ""
 try:
-    from .. import _cpu as _native
+    _native = importlib.import_module("longrope_kernels._cpu")
 except ImportError as error:
-    _native = None
     _import_error = str(error)
 
 
