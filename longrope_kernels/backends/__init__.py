@@ -1,7 +1,7 @@
 """The backends and the pure function that picks one.
 
 A backend is a module with `NAME`, `unavailable_reason`, `supports`, `apply_rope`, `attention` and
-`attention_backward`; `docs/backends.md` tells how to add one. `LONGROPE_KERNELS_DEBUG=1` prints each choice once.
+`attention_backward`; CONTRIBUTING tells how to add one. `LONGROPE_KERNELS_DEBUG=1` prints each choice once.
 """
 
 from __future__ import annotations
