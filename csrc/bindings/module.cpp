@@ -59,38 +59,55 @@ void apply_rope(const std::string& level, const py::tuple& query, const py::tupl
     chosen.apply_rope(params);
 }
 
-void attention_forward(const std::string& level, const py::tuple& query, const py::tuple& key, const py::tuple& value,
-                       const py::tuple& out, uintptr_t lse, const py::tuple& tables, uintptr_t query_positions,
-                       uintptr_t key_positions, uintptr_t query_start, uintptr_t key_start, uintptr_t key_length,
-                       const py::tuple& sizes, int64_t window_left, int64_t window_right, float scale, float softcap,
-                       int dtype, int threads) {
-    AttentionParams params{};
-    params.query = operand(query);
-    params.key = operand(key);
-    params.value = operand(value);
-    params.out = operand(out);
-    params.lse = pointer<float>(lse);
-    params.rotation = rotation(tables);
-    params.query_positions = pointer<const int64_t>(query_positions);
-    params.key_positions = pointer<const int64_t>(key_positions);
-    params.query_start = pointer<const int64_t>(query_start);
-    params.key_start = pointer<const int64_t>(key_start);
-    params.key_length = pointer<const int64_t>(key_length);
-    params.batch = sizes[0].cast<int64_t>();
-    params.query_heads = sizes[1].cast<int64_t>();
-    params.key_heads = sizes[2].cast<int64_t>();
-    params.query_tokens = sizes[3].cast<int64_t>();
-    params.key_tokens = sizes[4].cast<int64_t>();
-    params.head_dim = sizes[5].cast<int64_t>();
-    params.window_left = window_left;
-    params.window_right = window_right;
-    params.scale = scale;
-    params.softcap = softcap;
-    params.dtype = static_cast<Dtype>(dtype);
-    params.threads = threads;
+// (query, key, value, out, lse, tables, query_positions, key_positions, query_start, key_start, key_length,
+//  (batch, query_heads, key_heads, query_tokens, key_tokens, head_dim), window_left, window_right, scale, softcap,
+//  dtype, threads): operands as tuples, the rest addresses and numbers.
+AttentionParams attention_params(const py::tuple& t) {
+    AttentionParams p{};
+    p.query = operand(t[0].cast<py::tuple>());
+    p.key = operand(t[1].cast<py::tuple>());
+    p.value = operand(t[2].cast<py::tuple>());
+    p.out = operand(t[3].cast<py::tuple>());
+    p.lse = pointer<float>(t[4].cast<uintptr_t>());
+    p.rotation = rotation(t[5].cast<py::tuple>());
+    p.query_positions = pointer<const int64_t>(t[6].cast<uintptr_t>());
+    p.key_positions = pointer<const int64_t>(t[7].cast<uintptr_t>());
+    p.query_start = pointer<const int64_t>(t[8].cast<uintptr_t>());
+    p.key_start = pointer<const int64_t>(t[9].cast<uintptr_t>());
+    p.key_length = pointer<const int64_t>(t[10].cast<uintptr_t>());
+    const auto sizes = t[11].cast<py::tuple>();
+    p.batch = sizes[0].cast<int64_t>();
+    p.query_heads = sizes[1].cast<int64_t>();
+    p.key_heads = sizes[2].cast<int64_t>();
+    p.query_tokens = sizes[3].cast<int64_t>();
+    p.key_tokens = sizes[4].cast<int64_t>();
+    p.head_dim = sizes[5].cast<int64_t>();
+    p.window_left = t[12].cast<int64_t>();
+    p.window_right = t[13].cast<int64_t>();
+    p.scale = t[14].cast<float>();
+    p.softcap = t[15].cast<float>();
+    p.dtype = static_cast<Dtype>(t[16].cast<int>());
+    p.threads = t[17].cast<int32_t>();
+    return p;
+}
+
+void attention_forward(const std::string& level, const py::tuple& arguments) {
+    const AttentionParams params = attention_params(arguments);
     const Kernels& chosen = kernels(level.c_str());
     py::gil_scoped_release release;
     chosen.attention_forward(params);
+}
+
+// `inv_freq`: address of float64[batch, pairs], zeros to be added to; 0: not wanted.
+void attention_backward(const std::string& level, const py::tuple& arguments, const py::tuple& grad_out,
+                        uintptr_t grad_lse, const py::tuple& grad_query, const py::tuple& grad_key,
+                        const py::tuple& grad_value, uintptr_t inv_freq) {
+    const AttentionBackwardParams params{attention_params(arguments), operand(grad_out), pointer<const float>(grad_lse),
+                                         operand(grad_query),         operand(grad_key), operand(grad_value),
+                                         pointer<double>(inv_freq)};
+    const Kernels& chosen = kernels(level.c_str());
+    py::gil_scoped_release release;
+    chosen.attention_backward(params);
 }
 
 py::list levels() {
@@ -106,6 +123,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of longrope_kernels; call them through longrope_kernels.backends.cpu";
     m.def("apply_rope", &apply_rope);
     m.def("attention_forward", &attention_forward);
+    m.def("attention_backward", &attention_backward);
     m.def("levels", &levels, "instruction sets this build has and this processor can run, best first");
     m.def("thread_pool", &thread_pool_name, "where kernels run: 'openmp' (the process's own pool) or 'threads'");
     m.def("probe_fma", &probe_fma, py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),

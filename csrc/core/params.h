@@ -64,4 +64,14 @@ struct AttentionParams {
     int32_t threads;
 };
 
+struct AttentionBackwardParams {
+    AttentionParams forward;  // out and lse as the forward pass left them
+    Operand grad_out;         // like out
+    const float* grad_lse;    // like lse, contiguous
+    Operand grad_query;       // like query
+    Operand grad_key;         // like key
+    Operand grad_value;       // like value
+    double* grad_inv_freq;    // [batch, pairs], contiguous; null: not wanted
+};
+
 }  // namespace longrope

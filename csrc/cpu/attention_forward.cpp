@@ -15,199 +15,26 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include "kernels.h"
 #include "parallel.h"
-#include "vec.h"
+#include "tile.h"
 
 namespace longrope {
 namespace {
 
 constexpr int kKeyBlock = 256;
 constexpr int kRowBlock = 16 * kTileRows;
-constexpr int kPanelKeys = kTileVectors * kLanes;
 constexpr int64_t kScratchBytes = int64_t{256} << 20;
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// Products in fp32: one step of a product is one element.
-struct Fp32Math {
-    using Element = float;
-    static constexpr int kStep = 1;  // elements in a step
-    static vf multiply_add(vf sum, Element a, vf b) { return splat(a) * b + sum; }
-    static vf load_operand(const Element* p) { return load<vf>(p); }
-    using Vector = vf;
-};
-
-#if defined(__AVX512BF16__)
-// Products of bf16 pairs with fp32 sums: one step is two neighbouring elements, held as one 32-bit word.
-struct Bf16Math {
-    using Element = uint32_t;
-    static constexpr int kStep = 2;
-    using Vector = __m512bh;
-    static vf multiply_add(vf sum, Element a, Vector b) {
-        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), b);
-    }
-    static Vector load_operand(const Element* p) { return (__m512bh)_mm512_loadu_si512(p); }
-};
-#endif
-
-// Not inlined: inside its caller GCC 12 spills accumulators, and the whole kernel loses a third of its speed
-// (measured). sums[r][n] (+)= sum over steps of a[r][step] * panel[step][n]; with `scales`, sums start at scales[r] *
-// sums.
-template <class Math, int N>
-__attribute__((noinline)) void tile(const typename Math::Element* a, int64_t a_stride,
-                                    const typename Math::Element* panel, int steps, float* sums, int64_t sums_stride,
-                                    const float* scales) {
-    vf acc[kTileRows][N];
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n)
-            acc[r][n] = scales ? load<vf>(sums + r * sums_stride + n * kLanes) * scales[r] : splat(0.0f);
-    for (int step = 0; step < steps; ++step) {
-        typename Math::Vector b[N];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) b[n] = Math::load_operand(panel + (int64_t{step} * N + n) * kLanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < kTileRows; ++r) {
-            const typename Math::Element x = a[r * a_stride + step];
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) acc[r][n] = Math::multiply_add(acc[r][n], x, b[n]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r)
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store(sums + r * sums_stride + n * kLanes, acc[r][n]);
-}
-
-template <class Math>
-void tile_of(int vectors, const typename Math::Element* a, int64_t a_stride, const typename Math::Element* panel,
-             int steps, float* sums, int64_t sums_stride, const float* scales) {
-    static_assert(kTileVectors <= 4, "add a case");
-    switch (vectors) {
-        case 1:
-            return tile<Math, 1>(a, a_stride, panel, steps, sums, sums_stride, scales);
-        case 2:
-            return tile<Math, 2>(a, a_stride, panel, steps, sums, sums_stride, scales);
-#if defined(__AVX512F__)
-        case 3:
-            return tile<Math, 3>(a, a_stride, panel, steps, sums, sums_stride, scales);
-        default:
-            return tile<Math, 4>(a, a_stride, panel, steps, sums, sums_stride, scales);
-#endif
-    }
-}
-
-// How head_dim columns of the values split into panels of at most kTileVectors vectors, as evenly as possible.
-struct ValuePanels {
-    int vectors, panels;
-
-    explicit ValuePanels(int64_t head_dim)
-        : vectors(static_cast<int>((head_dim + kLanes - 1) / kLanes)),
-          panels((vectors + kTileVectors - 1) / kTileVectors) {}
-    int first(int panel) const { return static_cast<int>(int64_t{vectors} * panel / panels); }
-    int width(int panel) const { return first(panel + 1) - first(panel); }
-    int columns() const { return vectors * kLanes; }
-};
-
-// Packed keys of a block: panels of kPanelKeys keys, [steps][kPanelKeys] each. Values: panels of columns,
-// [steps][columns].
-template <class T, class Math>
-struct Packed {
-    using Element = typename Math::Element;
-    int64_t key_steps, value_steps, key_elements, value_elements;
-    ValuePanels panels;
-
-    explicit Packed(int64_t head_dim)
-        : key_steps((head_dim + Math::kStep - 1) / Math::kStep),
-          value_steps(kKeyBlock / Math::kStep),
-          key_elements(key_steps * kKeyBlock),
-          value_elements(0),
-          panels(head_dim) {
-        value_elements = value_steps * panels.columns();
-    }
-    int64_t block_elements() const { return key_elements + value_elements; }
-
-    static Element join(const T* row, int64_t index, int64_t size) {
-        if constexpr (Math::kStep == 1) {
-            return widen(row[index]);
-        } else {
-            const uint32_t low = row[2 * index].bits;
-            const uint32_t high = 2 * index + 1 < size ? row[2 * index + 1].bits : 0;
-            return low | high << 16;
-        }
-    }
-
-    // rows: kKeyBlock rotated keys of head_dim elements each, contiguous.
-    void pack_keys(const T* rows, int64_t head_dim, Element* to) const {
-        for (int first = 0; first < kKeyBlock; first += kPanelKeys)
-            for (int64_t step = 0; step < key_steps; ++step)
-                for (int k = 0; k < kPanelKeys; ++k)
-                    to[first * key_steps + step * kPanelKeys + k] = join(rows + (first + k) * head_dim, step, head_dim);
-    }
-
-    // `count` values at `rows`, `stride` elements apart; the rest of the block is zero.
-    void pack_values(const T* rows, int64_t stride, int count, int64_t head_dim, Element* to) const {
-        for (int panel = 0; panel < panels.panels; ++panel) {
-            const int64_t first = int64_t{panels.first(panel)} * kLanes;
-            const int64_t width = int64_t{panels.width(panel)} * kLanes;
-            const int64_t used = std::min(width, head_dim - first);
-            for (int64_t step = 0; step < value_steps; ++step, to += width) {
-                const T* low = rows + Math::kStep * step * stride + first;
-                const int present = static_cast<int>(std::min<int64_t>(Math::kStep, count - Math::kStep * step));
-                if (present <= 0) {
-                    std::memset(to, 0, sizeof(Element) * width);
-                    continue;
-                }
-                if constexpr (Math::kStep == 1) {
-                    for (int64_t c = 0; c < used; ++c) to[c] = widen(low[c]);
-                } else {
-                    const T* high = low + stride;
-                    if (present == 2)
-                        for (int64_t c = 0; c < used; ++c)
-                            to[c] = low[c].bits | static_cast<uint32_t>(high[c].bits) << 16;
-                    else
-                        for (int64_t c = 0; c < used; ++c) to[c] = low[c].bits;
-                }
-                for (int64_t c = used; c < width; ++c) to[c] = 0;
-            }
-        }
-    }
-};
-
-struct AlignedDelete {
-    void operator()(void* p) const { std::free(p); }
-};
-
-template <class T>
-using Buffer = std::unique_ptr<T[], AlignedDelete>;
-
-template <class T>
-Buffer<T> allocate(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
-    void* p = std::aligned_alloc(64, bytes);
-    if (p == nullptr) throw std::bad_alloc();
-    return Buffer<T>(static_cast<T*>(p));
-}
-
-template <class T>
-const T* row_of(const Operand& x, int64_t b, int64_t head, int64_t token) {
-    return static_cast<const T*>(x.data) + b * x.batch_stride + head * x.head_stride + token * x.token_stride;
-}
 
 // Rotates and packs block `block` of sequence b for every key head; `blocks` is where its packed blocks lie, one run of
 // `head_elements` per head.
 template <class T, class Math>
-void pack_block(const AttentionParams& p, const Packed<T, Math>& packed, int64_t b, int64_t block, int64_t first_head,
-                int64_t heads, typename Math::Element* to, int64_t head_elements, T* rows, float* cosines,
-                float* sines) {
+void pack_block(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& packed, int64_t b, int64_t block,
+                int64_t first_head, int64_t heads, typename Math::Element* to, int64_t head_elements, T* rows,
+                float* cosines, float* sines) {
     const int64_t first = block * kKeyBlock;
     const int count = static_cast<int>(std::min<int64_t>(kKeyBlock, p.key_length[b] - first));
     const int pairs = p.rotation.pairs;
@@ -241,7 +68,7 @@ struct Workspace {
     float sums[kRowBlock][kLanes];            // running sum of probabilities, by lane
     int64_t low[kRowBlock], high[kRowBlock];  // visible keys, by index
 
-    explicit Workspace(const AttentionParams& p, const Packed<T, Math>& packed)
+    explicit Workspace(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& packed)
         : query(allocate<typename Math::Element>(kRowBlock * packed.key_steps)),
           out(allocate<float>(kRowBlock * packed.panels.columns())),
           scores(allocate<float>(kTileRows * kKeyBlock)),
@@ -310,7 +137,7 @@ __attribute__((noinline)) void softmax_strip(const AttentionParams& p, Workspace
 }
 
 template <class T, class Math>
-void attend_rows(const AttentionParams& p, const Packed<T, Math>& packed, Workspace<T, Math>& w, int64_t b,
+void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& packed, Workspace<T, Math>& w, int64_t b,
                  int64_t head, int64_t first_row, const typename Math::Element* blocks) {
     using Element = typename Math::Element;
     const int64_t group = p.query_heads / p.key_heads;
@@ -343,7 +170,7 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math>& packed, Worksp
         rotate_row(row_of<T>(p.query, b, head * group + (first_row + r) % group, i), p.head_dim, pairs,
                    p.rotation.interleaved, w.angles.get(), w.angles.get() + pairs, w.row.get());
         for (int64_t step = 0; step < packed.key_steps; ++step)
-            query[step] = Packed<T, Math>::join(w.row.get(), step, p.head_dim);
+            query[step] = Packed<T, Math, kKeyBlock>::join(w.row.get(), step, p.head_dim);
     }
     std::memset(w.out.get(), 0, sizeof(float) * kRowBlock * columns);
 
@@ -406,7 +233,7 @@ template <class T, class Math>
 void attention(const AttentionParams& p) {
     using Element = typename Math::Element;
     if (p.batch == 0 || p.query_heads == 0 || p.query_tokens == 0) return;
-    const Packed<T, Math> packed(p.head_dim);
+    const Packed<T, Math, kKeyBlock> packed(p.head_dim);
     const int64_t group = p.query_heads / p.key_heads;
     const int64_t row_blocks = (group * p.query_tokens + kRowBlock - 1) / kRowBlock;
     int64_t key_blocks = 1;

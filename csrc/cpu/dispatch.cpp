@@ -30,11 +30,12 @@ struct Level {
 
 const Level kLevels[] = {
 #if defined(LONGROPE_X86)
-    {{"avx512_bf16", attention_forward_avx512_bf16, apply_rope_avx512_bf16}, has_avx512_bf16},
-    {{"avx512", attention_forward_avx512, apply_rope_avx512}, has_avx512},
-    {{"avx2", attention_forward_avx2, apply_rope_avx2}, has_avx2},
+    {{"avx512_bf16", attention_forward_avx512_bf16, attention_backward_avx512_bf16, apply_rope_avx512_bf16},
+     has_avx512_bf16},
+    {{"avx512", attention_forward_avx512, attention_backward_avx512, apply_rope_avx512}, has_avx512},
+    {{"avx2", attention_forward_avx2, attention_backward_avx2, apply_rope_avx2}, has_avx2},
 #endif
-    {{"portable", attention_forward_portable, apply_rope_portable}, always},
+    {{"portable", attention_forward_portable, attention_backward_portable, apply_rope_portable}, always},
 };
 
 }  // namespace

@@ -8,8 +8,9 @@
 #define LONGROPE_JOIN(name, level) LONGROPE_JOIN_(name, level)
 #define LONGROPE_LEVEL(name) LONGROPE_JOIN(name, LONGROPE_ISA)
 
-#define LONGROPE_DECLARE(level)                             \
-    void attention_forward_##level(const AttentionParams&); \
+#define LONGROPE_DECLARE(level)                                      \
+    void attention_forward_##level(const AttentionParams&);          \
+    void attention_backward_##level(const AttentionBackwardParams&); \
     void apply_rope_##level(const RopeParams&);
 
 namespace longrope {
@@ -22,6 +23,7 @@ LONGROPE_DECLARE(avx512_bf16)
 struct Kernels {
     const char* level;
     void (*attention_forward)(const AttentionParams&);
+    void (*attention_backward)(const AttentionBackwardParams&);
     void (*apply_rope)(const RopeParams&);
 };
 

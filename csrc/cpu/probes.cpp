@@ -20,11 +20,11 @@ double since(Clock::time_point start) {
 #if defined(LONGROPE_X86)
 
 // Twenty independent chains: more than latency x throughput of the unit on any processor so far.
-#define CHAINS(OP)                                                                                                 \
-    OP(0)                                                                                                          \
-    OP(1)                                                                                                          \
-    OP(2) OP(3) OP(4) OP(5) OP(6) OP(7) OP(8) OP(9) OP(10) OP(11) OP(12) OP(13) OP(14) OP(15) OP(16) OP(17) OP(18) \
-        OP(19)
+#define CHAINS(OP) \
+    OP(0)          \
+    OP(1)          \
+    OP(2)          \
+    OP(3) OP(4) OP(5) OP(6) OP(7) OP(8) OP(9) OP(10) OP(11) OP(12) OP(13) OP(14) OP(15) OP(16) OP(17) OP(18) OP(19)
 #define FMA512(n) "vfmadd231ps %%zmm30, %%zmm31, %%zmm" #n "\n"
 #define BF16(n) "vdpbf16ps %%zmm30, %%zmm31, %%zmm" #n "\n"
 #define CLOBBER_512                                                                                            \

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..bundles import Geometry, Rotation
-from . import reference
 
 NAME = "cpu"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -105,40 +104,73 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Fused rotation and attention: out like query, and lse float32[B, Hq, Tq]."""
     assert _native is not None
-    batch, query_heads, query_tokens, head_dim = query.shape
-    key_tokens = key.shape[2]
     out = torch.empty(query.shape, dtype=query.dtype)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32)
-    starts = [x.contiguous() for x in geometry.resolved(batch, query_tokens, key_tokens, query.device)]
-    positions = [None if x is None else x.contiguous() for x in (geometry.query_positions, geometry.key_positions)]
-    window_right = geometry.window_right
-    if geometry.is_causal:
-        window_right = 0
-    tables, keep_tables = _tables(rotation)
-    _native.attention_forward(
+    arguments, keep = _attention_arguments(query, key, value, out, lse, rotation, geometry)
+    _native.attention_forward(level(), arguments)
+    del keep
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rotation: Rotation,
+    geometry: Geometry,
+    inv_freq_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients recomputed from lse; deterministic, nothing rotated is stored."""
+    assert _native is not None
+    # Keys outside every sequence are not written: their gradient is 0.
+    d_query, d_key, d_value = (torch.zeros(x.shape, dtype=x.dtype) for x in (query, key, value))
+    grad_out = grad_out if grad_out.stride(-1) == 1 or grad_out.shape[-1] == 1 else grad_out.contiguous()
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.float().contiguous()
+    d_inv_freq = torch.zeros_like(rotation.inv_freq)
+    by_sequence = torch.zeros(query.shape[0], d_inv_freq.shape[1], dtype=torch.float64)
+    arguments, keep = _attention_arguments(query, key, value, out, lse.contiguous(), rotation, geometry)
+    _native.attention_backward(
         level(),
-        _operand(query),
-        _operand(key),
-        _operand(value),
-        _operand(out),
+        arguments,
+        _operand(grad_out),
+        grad_lse.data_ptr(),
+        _operand(d_query),
+        _operand(d_key),
+        _operand(d_value),
+        by_sequence.data_ptr() if inv_freq_gradient else 0,
+    )
+    del keep
+    d_inv_freq.index_add_(0, rotation.regime_index.long(), by_sequence)
+    return d_query, d_key, d_value, d_inv_freq
+
+
+def _attention_arguments(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rotation: Rotation, geometry: Geometry
+) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """Return what the native module takes, and the tensors that must outlive the call."""
+    batch, query_heads, query_tokens, head_dim = query.shape
+    starts = [x.contiguous() for x in geometry.resolved(batch, query_tokens, key.shape[2], query.device)]
+    positions = [None if x is None else x.contiguous() for x in (geometry.query_positions, geometry.key_positions)]
+    tables, keep = _tables(rotation)
+    arguments = (
+        *(_operand(x) for x in (query, key, value, out)),
         lse.data_ptr(),
         tables,
         *[0 if x is None else x.data_ptr() for x in positions],
         *[x.data_ptr() for x in starts],
-        (batch, query_heads, key.shape[1], query_tokens, key_tokens, head_dim),
+        (batch, query_heads, key.shape[1], query_tokens, key.shape[2], head_dim),
         geometry.window_left,
-        window_right,
+        0 if geometry.is_causal else geometry.window_right,
         geometry.scale,
         geometry.softcap,
         _DTYPES[query.dtype],
         torch.get_num_threads(),
     )
-    del keep_tables, positions, starts
-    return out, lse
-
-
-# Through the reference until there is a native backward kernel.
-attention_backward = reference.attention_backward
+    return arguments, [*keep, *starts, *(x for x in positions if x is not None)]
 
 
 def _operand(x: Tensor) -> tuple[int, int, int, int]:
