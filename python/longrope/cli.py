@@ -1,0 +1,310 @@
+"""The `longrope` command: options in, one function of the package, one line for an error."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from .errors import PipelineError, disk_error, one_line
+
+app = typer.Typer(
+    name="longrope",
+    help="Extend the context window of a language model: search LongRoPE factors, evaluate, export, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub name, a GGUF file, or smollm2.")]
+To = Annotated[int, typer.Option("--to", help="Target length, in tokens.")]
+RunDir = Annotated[Path | None, typer.Option(help="Where results go, and where a run goes on. [runs/MODEL-TO]")]
+Text = Annotated[
+    list[str] | None, typer.Option(help="Documents: file, folder, .jsonl, stdlib, dataset; repeatable. [stdlib]")
+]
+HeldoutText = Annotated[list[str] | None, typer.Option(help="Documents of the held-out side. [from --text]")]
+PresetName = Annotated[str | None, typer.Option("--preset", help="demo (20 minutes), full (hours) or paper.")]
+Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
+Threads = Annotated[int | None, typer.Option(help="Of torch and the kernels. [torch's choice]")]
+OriginalLength = Annotated[int | None, typer.Option(help="Tokens trained on. [from the configuration]")]
+SearchDocuments = Annotated[int | None, typer.Option(help="Documents the search reads.")]
+HeldoutDocuments = Annotated[int | None, typer.Option(help="Documents the result is proved on.")]
+Windows = Annotated[int | None, typer.Option("--windows-per-document", help="Stretches read of a long document. [1]")]
+ScoreFrom = Annotated[int | None, typer.Option(help="First position the search scores. [the original length]")]
+Budget_ = Annotated[int | None, typer.Option("--budget", help="Evaluations the search may spend.")]
+TimeBudget = Annotated[float | None, typer.Option(help="Minutes of evaluations the search may spend.")]
+Population = Annotated[int | None, typer.Option(help="Of the first generation. [64]")]
+Iterations = Annotated[int | None, typer.Option(help="Generations after the first. [40]")]
+Mutations = Annotated[int | None, typer.Option(help="Per iteration. [16]")]
+Crossovers = Annotated[int | None, typer.Option(help="Per iteration. [16]")]
+MutationProbability = Annotated[float | None, typer.Option(help="[0.3]")]
+Parents = Annotated[int | None, typer.Option(help="The best that have children. [32]")]
+Monotone = Annotated[bool | None, typer.Option("--monotone/--no-monotone", help="lambda_i <= lambda_{i+1}. [yes]")]
+StartTokens = Annotated[str | None, typer.Option(help="Choices of n-hat: 0, or 0,16,64, or paper. [paper]")]
+AttentionFactor = Annotated[str | None, typer.Option(help="A number, yarn, su or search. [1.0]")]
+Screen = Annotated[str | None, typer.Option(help="Screening lengths: 10240,12288, or none.")]
+ScreenKeep = Annotated[float | None, typer.Option(help="Share of candidates a screen lets pass. [0.34]")]
+ScreenControls = Annotated[int | None, typer.Option(help="Candidates it turns down, scored all the same. [0]")]
+PasskeyDepths = Annotated[str | None, typer.Option(help="Passkey retrieval at these depths: 0.1,0.5,0.9, or none.")]
+Seed = Annotated[int | None, typer.Option(help="Of all random draws. [0]")]
+FactorFile = Annotated[Path | None, typer.Option("--factors", help="A factor file. [the winner in the run directory]")]
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works at any place of the line.")] = False,
+) -> None:
+    """Every command tells its options with --help."""
+
+
+@app.command()
+def inspect(
+    model: Model,
+    to: Annotated[int | None, typer.Option("--to", help="Show turns at this length too.")] = None,
+    original_length: OriginalLength = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write the figure as PNG.")] = None,
+) -> None:
+    """Show the wavelength of every rotary pair, its turns in training, and the critical dimension."""
+    import json
+
+    from . import models
+    from .extend import say_inspection
+    from .inspection import inspect_rope
+    from .run import write_atomically
+
+    source = models.find(model)
+    config = models.load_config(source)
+    found = inspect_rope(models.rope_of(config, original_length), model, config.model_type, to)
+    say_inspection(found)
+    if json_file is not None:
+        write_atomically(json_file, (json.dumps(found.to_dict(), indent=1) + "\n").encode())
+    if figure is not None:
+        from .report import figures
+
+        write_atomically(figure, figures.png(figures.wavelengths(found.to_dict())))
+
+
+@app.command()
+def search(
+    model: Model,
+    to: To,
+    run_dir: RunDir = None,
+    preset: PresetName = None,
+    text: Text = None,
+    heldout_text: HeldoutText = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    original_length: OriginalLength = None,
+    search_documents: SearchDocuments = None,
+    heldout_documents: HeldoutDocuments = None,
+    windows_per_document: Windows = None,
+    score_from: ScoreFrom = None,
+    budget: Budget_ = None,
+    time_budget: TimeBudget = None,
+    population: Population = None,
+    iterations: Iterations = None,
+    mutations: Mutations = None,
+    crossovers: Crossovers = None,
+    mutation_probability: MutationProbability = None,
+    parents: Parents = None,
+    monotone: Monotone = None,
+    start_tokens: StartTokens = None,
+    attention_factor: AttentionFactor = None,
+    screen: Screen = None,
+    screen_keep: ScreenKeep = None,
+    screen_controls: ScreenControls = None,
+    seed: Seed = None,
+) -> None:
+    """Search factors; writes factors/winner.json into the run directory."""
+    arguments = dict(locals())
+    from .options import open_run
+
+    context, spending = open_run(**arguments)
+    from .search.stage import run_search
+
+    run_search(context, spending)
+
+
+@app.command()
+def extend(
+    model: Model,
+    to: To,
+    run_dir: RunDir = None,
+    preset: PresetName = None,
+    text: Text = None,
+    heldout_text: HeldoutText = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    original_length: OriginalLength = None,
+    search_documents: SearchDocuments = None,
+    heldout_documents: HeldoutDocuments = None,
+    windows_per_document: Windows = None,
+    score_from: ScoreFrom = None,
+    budget: Budget_ = None,
+    time_budget: TimeBudget = None,
+    population: Population = None,
+    iterations: Iterations = None,
+    mutations: Mutations = None,
+    crossovers: Crossovers = None,
+    mutation_probability: MutationProbability = None,
+    parents: Parents = None,
+    monotone: Monotone = None,
+    start_tokens: StartTokens = None,
+    attention_factor: AttentionFactor = None,
+    screen: Screen = None,
+    screen_keep: ScreenKeep = None,
+    screen_controls: ScreenControls = None,
+    passkey_depths: PasskeyDepths = None,
+    seed: Seed = None,
+) -> None:
+    """All of it: inspect, search, evaluate on held-out documents, export, reload check, report."""
+    arguments = dict(locals())
+    from .options import open_run
+
+    context, spending = open_run(**arguments)
+    from .extend import extend as run_extend
+
+    run_extend(context, spending)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    to: To,
+    run_dir: RunDir = None,
+    factors: FactorFile = None,
+    preset: PresetName = None,
+    text: Text = None,
+    heldout_text: HeldoutText = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    original_length: OriginalLength = None,
+    search_documents: SearchDocuments = None,
+    heldout_documents: HeldoutDocuments = None,
+    windows_per_document: Windows = None,
+    passkey_depths: PasskeyDepths = None,
+) -> None:
+    """Perplexity by position and length on held-out documents, beside the original, PI, NTK and YaRN; passkey."""
+    arguments = {name: value for name, value in locals().items() if name != "factors"}
+    from .options import open_run, read_factors
+
+    context, _ = open_run(**arguments, keep_settings=True)
+    from .evaluate.stage import run_evaluation, say_evaluation
+
+    found = read_factors(context, factors)
+    name = "heldout.json" if found else "baselines.json"
+    say_evaluation(run_evaluation(context, None if found is None else found[0], name))
+
+
+@app.command()
+def export(
+    model: Model,
+    factors: Annotated[Path, typer.Option("--factors", help="A factor file.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    dtype: Dtype = "auto",
+    original_length: OriginalLength = None,
+) -> None:
+    """Write a checkpoint that stock transformers loads, from a model and a factor file."""
+    from . import models
+    from .export import export_checkpoint
+    from .factors import read
+    from .progress import say
+
+    read(factors)
+    loaded = models.load(model, dtype, original_length)
+    rope, content = read(factors, loaded.base)
+    notes = export_checkpoint(loaded, rope, out, content)
+    say(f"wrote {out}")
+    for note in notes:
+        say(f"note: {note}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
+    """Write report.html and the figures again, from the files of a run directory."""
+    from .progress import say
+    from .report import write_report
+
+    say(f"wrote {write_report(run)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say which backends this machine can run, why it cannot run the others, and all versions."""
+    from .doctor import run_doctor
+
+    run_doctor()
+
+
+@app.command()
+def bench(
+    lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = "1024,4096,8192",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Time our attention beside torch's SDPA with RoPE, in under a minute (`make bench` has the full set)."""
+    from .bench import run_bench
+    from .options import integers
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    run_bench(integers("--lengths", lengths), dtype=dtype)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0, 1 for what could not be done, 2 for a wrong argument, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    quiet_libraries()
+    try:
+        app(arguments, prog_name="longrope", standalone_mode=False)
+    except KeyboardInterrupt:
+        _exit("stopped; the same command goes on where it was", 130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _exit(*explain(error))
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and advice off the terminal; before they are imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Return the line for an error, and the exit code."""
+    if isinstance(error, PipelineError):
+        return str(error), error.exit_code
+    if isinstance(error, typer.Exit):
+        return "", error.exit_code
+    if isinstance(error, typer.Abort):
+        return "stopped", 130
+    if hasattr(error, "format_message"):  # the command line's own complaints
+        return one_line(error.format_message()), int(getattr(error, "exit_code", 2))
+    if isinstance(error, OSError) and error.errno:
+        return str(disk_error(str(error.filename or "run"), error)), 1
+    if isinstance(error, MemoryError):
+        return "memory: got none left, expected room for the model and one forward at the target length", 1
+    return one_line(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)"), 1
+
+
+def _exit(line: str, code: int) -> NoReturn:
+    if line:
+        print(f"longrope: {line}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What every stage works with: the run directory, the model, the documents, and the settings that decide results."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import data, models
+from .errors import UsageError, refuse
+from .progress import say, waiting
+from .run import RunDirectory
+from .search.space import PAPER_START_TOKENS
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked, as far as it decides results; a run directory serves one request."""
+
+    model: str
+    to: int
+    text: tuple[str, ...] = ("stdlib",)
+    heldout_text: tuple[str, ...] | None = None
+    dtype: str = "auto"
+    original_length: int | None = None
+    search_documents: int = 2
+    heldout_documents: int = 2
+    windows_per_document: int = 1
+    score_from: int | None = None
+    population: int = 64
+    iterations: int = 40
+    mutations: int = 16
+    crossovers: int = 16
+    mutation_probability: float = 0.3
+    parents: int = 32
+    monotone: bool = True
+    start_tokens: tuple[int, ...] = PAPER_START_TOKENS
+    attention_factor: str = "1.0"
+    screens: tuple[int, ...] = ()
+    screen_keep: float = 0.34
+    screen_controls: int = 0
+    seed: int = 0
+
+
+@dataclass
+class Context:
+    """A run under way; the model and the documents are loaded when a stage first needs them."""
+
+    request: Request
+    run: RunDirectory
+    threads: int | None = None
+    passkey_depths: tuple[float, ...] = ()
+    _loaded: models.LoadedModel | None = field(default=None, repr=False)
+    _split: data.Split | None = field(default=None, repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        request: Request,
+        run_dir: str | Path,
+        threads: int | None = None,
+        passkey_depths: tuple[float, ...] = (),
+        budget: dict[str, Any] | None = None,
+        command: str | None = None,
+    ) -> Context:
+        """Check the request against the model's configuration, then make or reopen the run directory."""
+        source = models.find(request.model)
+        with waiting(f"reading the configuration of {request.model}", 5.0 if source.gguf_file else None):
+            config = models.load_config(source)
+        rope = models.rope_of(config, request.original_length)
+        original = rope.original_max_position_embeddings
+        if request.to <= original:
+            refuse("--to", request.to, f"more than the original length {original}")
+        lengths = [("--score-from", request.score_from), *(("--screen", length) for length in request.screens)]
+        for name, value in lengths:
+            if value is not None and not original <= value <= request.to:
+                refuse(name, value, f"tokens between the original length {original} and the target {request.to}")
+        dtype = models.default_dtype() if request.dtype == "auto" else request.dtype
+        settings = {**request.__dict__, "dtype": dtype, "model_fingerprint": models.fingerprint(source)}
+        extra = {"budget": budget or {}, "command": command, "versions": versions()}
+        run = RunDirectory(run_dir, settings, extra)
+        if run.evaluations.torn:
+            say(f"{run.evaluations.path}: the last line was cut short when the run was killed; it is dropped")
+        if run.evaluations.records:
+            say(f"{run.path}: going on; {len(run.evaluations.records)} evaluations are there and are not repeated")
+        return cls(request, run, threads, passkey_depths)
+
+    @property
+    def loaded(self) -> models.LoadedModel:
+        """The model, loaded once."""
+        if self._loaded is None:
+            self._loaded = models.load(
+                self.request.model, self.run.settings["dtype"], self.request.original_length, self.threads
+            )
+        return self._loaded
+
+    @property
+    def split(self) -> data.Split:
+        """The windows of both sides, which must be those the run directory was begun with."""
+        if self._split is None:
+            with waiting(f"tokenizing documents of at least {self.request.to:,} tokens"):
+                self._split = data.split(
+                    self.loaded.tokenizer,
+                    self.request.text,
+                    self.request.to,
+                    self.request.search_documents,
+                    self.request.heldout_documents,
+                    self.request.windows_per_document,
+                    self.request.heldout_text,
+                )
+            described = self._split.describe()
+            before = self.run.read_json("documents.json")
+            if before is not None and before != described:
+                changed = _first_difference(before, described)
+                raise UsageError(
+                    f"--text: got other documents than {self.run.path} was made with ({changed}), "
+                    "expected the same (or another --run-dir)"
+                )
+            if before is None:
+                self.run.write_json("documents.json", described)
+            for side, windows in (("search", self._split.search), ("held-out", self._split.heldout)):
+                say(f"{side} documents: {', '.join(f'{w.name} ({w.document_tokens:,} tokens)' for w in windows)}")
+        return self._split
+
+    @property
+    def original_length(self) -> int:
+        return self.loaded.original_length
+
+    @property
+    def target_length(self) -> int:
+        return self.request.to
+
+    @property
+    def extension(self) -> float:
+        """s, target length over original length."""
+        return self.request.to / self.original_length
+
+    @cached_property
+    def score_from(self) -> int:
+        """First position the search scores, rounded down to a whole block of the log."""
+        return self.request.score_from or self.original_length
+
+    def close(self) -> None:
+        self.run.close()
+
+
+def versions() -> dict[str, str]:
+    """Return what the results were made with."""
+    import transformers
+
+    import longrope_kernels
+
+    return {
+        "longrope_kernels": longrope_kernels.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": processor(),
+    }
+
+
+def processor() -> str:
+    """Return the processor's name and the number of threads torch uses."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _first_difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+    for side in ("search", "heldout"):
+        old, new = ([f"{w['document']}@{w['offset']}" for w in side_windows[side]] for side_windows in (before, after))
+        if old != new:
+            return f"{side}: {', '.join(new)} instead of {', '.join(old)}"
+    return "the same names with other contents"

@@ -1,0 +1,255 @@
+"""Long documents for the search and for the proof, and the deterministic split between the two.
+
+A document belongs to one side as a whole; what the search reads is never evaluated on. Documents come from files,
+folders, JSON lines, a `datasets` name, or `stdlib`: texts that every Python installation has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError, one_line, refuse
+
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html", ".jsonl")
+TEXT_FIELDS = ("text", "content", "document")
+DATASET_ROWS = 2000  # read of a data set, from its beginning
+
+# Documents of the standard library, best first: prose and code, no tables of data. A name that ends in a slash is a
+# package, its modules joined. No text appears twice, on one side or on both.
+STDLIB_HELDOUT = (
+    *("pydoc topics", "argparse.py", "tarfile.py", "subprocess.py", "ipaddress.py", "pickle.py", "mailbox.py"),
+    *("asyncio/", "multiprocessing/", "http/"),
+)
+STDLIB_SEARCH = (
+    *("_pydecimal.py", "inspect.py", "typing.py", "zipfile.py", "difflib.py", "pydoc.py", "_pyio.py", "enum.py"),
+    *("email/", "xml/", "logging/"),
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it is from."""
+
+    name: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode("utf-8", "replace")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a document: what one evaluation reads.
+
+    Attributes:
+        offset: first token of the stretch, in tokens of the document.
+        tokens: ids; one more at the front where the tokenizer marks a beginning.
+        sha256: of the document's text.
+    """
+
+    document: str
+    sha256: str
+    document_tokens: int
+    offset: int
+    tokens: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.document}@{self.offset}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what names this window beyond doubt; JSON."""
+        fields = {name: value for name, value in asdict(self).items() if name != "tokens"}
+        ids = hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()
+        return {**fields, "length": len(self.tokens), "tokens_sha256": ids}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Windows of disjoint documents."""
+
+    search: tuple[Window, ...]
+    heldout: tuple[Window, ...]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "search": [window.describe() for window in self.search],
+            "heldout": [window.describe() for window in self.heldout],
+        }
+
+
+def split(
+    tokenizer: Any,
+    sources: Iterable[str],
+    length: int,
+    search: int = 2,
+    heldout: int = 2,
+    windows_per_document: int = 1,
+    heldout_sources: Iterable[str] | None = None,
+    progress: Callable[[str], None] = lambda note: None,
+) -> Split:
+    """Choose the documents of both sides.
+
+    Documents shorter than `length` tokens are left out, and a text that appears twice counts once. They are taken in
+    the order of the hashes of their texts (`stdlib`: of its two lists), in turn for the held-out side and the search.
+
+    Args:
+        sources: see `documents`; both sides come from here where `heldout_sources` is None.
+        length: tokens of every window.
+        search, heldout: documents wanted on each side; fewer where there are fewer, but at least one.
+        windows_per_document: windows taken from a document where it is long enough, one after the other.
+
+    Raises:
+        UsageError: fewer than one document for either side.
+    """
+    sources = tuple(sources)
+    if heldout_sources is None and sources == ("stdlib",):
+        ordered = {"search": stdlib(STDLIB_SEARCH), "heldout": stdlib(STDLIB_HELDOUT)}
+    elif heldout_sources is None:
+        every = _by_content(documents(sources))
+        ordered = {"heldout": iter(every), "search": iter(every)}
+    else:
+        ordered = {
+            "search": iter(_by_content(documents(sources))),
+            "heldout": iter(_by_content(documents(tuple(heldout_sources)))),
+        }
+    chosen: dict[str, list[Window]] = {"heldout": [], "search": []}
+    taken: set[str] = set()
+    longest = 0
+    wanted = {"heldout": heldout, "search": search}
+    # One for each side first, then in turn: few documents are shared out evenly.
+    turns = [side for i in range(max(search, heldout)) for side in ("heldout", "search") if i < wanted[side]]
+    for side in turns:
+        for document in ordered[side]:
+            if document.sha256 in taken or len(document.text.encode("utf-8", "replace")) < length:
+                continue
+            progress(document.name)
+            found, tokens = _windows(tokenizer, document, length, windows_per_document)
+            longest = max(longest, tokens)
+            if found:
+                taken.add(document.sha256)
+                chosen[side] += found
+                break
+    for side, windows in chosen.items():
+        if not windows:
+            argument = "--heldout-text" if side == "heldout" and heldout_sources is not None else "--text"
+            found_text = f"no document of {length} tokens" if not taken else f"{len(taken)} document of {length} tokens"
+            detail = f"{found_text} (the longest has {longest})" if longest else found_text
+            refuse(
+                argument, f"{detail} in {', '.join(sources)}", f"one for the {side} side that the other does not use"
+            )
+    return Split(tuple(chosen["search"]), tuple(chosen["heldout"]))
+
+
+def documents(sources: Iterable[str]) -> Iterator[Document]:
+    """Read documents.
+
+    Args:
+        sources: each a text file, a folder of them, a .jsonl file whose objects have a field `text`, `stdlib`, or a
+            `datasets` name, `NAME` or `NAME:SPLIT`.
+    """
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+            if not files:
+                refuse("--text", source, f"a folder with files that end in {', '.join(SUFFIXES)}")
+            for file in files:
+                yield from _file(file)
+        elif path.is_file():
+            yield from _file(path)
+        elif source == "stdlib":
+            yield from stdlib((*STDLIB_HELDOUT, *STDLIB_SEARCH))
+        else:
+            yield from _dataset(source)
+
+
+def stdlib(names: Iterable[str]) -> Iterator[Document]:
+    """Yield those of the named documents that this Python has."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for name in names:
+        if name == "pydoc topics":
+            topics = import_module("pydoc_data.topics").topics
+            yield Document(name, "\n\n".join(topics[topic] for topic in sorted(topics)))
+            continue
+        path = root / name
+        files = sorted(path.glob("*.py")) if name.endswith("/") else [path]
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+        if texts:
+            yield Document(f"stdlib {name}", "\n\n".join(texts))
+
+
+def _file(path: Path) -> Iterator[Document]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(one_line(f"--text: got {path} ({error}), expected a readable UTF-8 file")) from None
+    if path.suffix != ".jsonl":
+        yield Document(str(path), text)
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            content = next(fields[name] for name in TEXT_FIELDS if isinstance(fields.get(name), str))
+        except (ValueError, AttributeError, StopIteration):
+            refuse("--text", f"{path} line {number}", f"a JSON object with a string in {', '.join(TEXT_FIELDS)}")
+        yield Document(f"{path}:{number}", content)
+
+
+def _dataset(source: str) -> Iterator[Document]:
+    expected = "a file, a folder, a .jsonl file, stdlib"
+    if source.startswith((".", "/", "~")) or find_spec("datasets") is None:
+        refuse("--text", repr(source), f"{expected}, or a dataset's name with the package datasets installed")
+    import datasets
+
+    name, _, part = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, split=part or "train", streaming=True)
+        for number, row in enumerate(itertools.islice(rows, DATASET_ROWS)):
+            content = next((row[field] for field in TEXT_FIELDS if isinstance(row.get(field), str)), None)
+            if content is None:
+                refuse("--text", f"{source} with fields {sorted(row)}", f"one of {', '.join(TEXT_FIELDS)}")
+            yield Document(f"{source}#{number}", content)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the hub or a loader raises
+        raise UsageError(
+            one_line(f"--text: got {source!r} ({error}), expected {expected} or a dataset's name")
+        ) from error
+
+
+def _by_content(found: Iterable[Document]) -> list[Document]:
+    """Return each text once, in an order that depends on the texts alone."""
+    unique = {document.sha256: document for document in found}
+    return [unique[key] for key in sorted(unique)]
+
+
+def _windows(tokenizer: Any, document: Document, length: int, count: int) -> tuple[list[Window], int]:
+    """Return up to `count` windows of a document, and how many tokens it has."""
+    prefix = tuple(_prefix(tokenizer))
+    ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+    own = length - len(prefix)
+    offsets = range(0, len(ids) - own + 1, own)[:count]
+    found = [
+        Window(document.name, document.sha256, len(ids), offset, (*prefix, *ids[offset : offset + own]))
+        for offset in offsets
+    ]
+    return found, len(ids) + len(prefix)
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """Return what the tokenizer puts before every text: its beginning-of-sequence token, or nothing."""
+    bare, marked = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return list(marked[: marked.index(bare[0])]) if bare and bare[0] in marked else []

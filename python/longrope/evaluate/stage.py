@@ -1,0 +1,182 @@
+"""The evaluation stage: every method on the held-out documents, by position and by length, with intervals."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+import longrope_kernels as lk
+
+from ..context import Context
+from ..progress import console, say, task
+from ..search.budget import forward_cost
+from ..search.seeds import baselines
+from .bootstrap import paired_difference
+from .passkey import passkey
+from .scoring import Scorer, bucket_tokens, mean_nll
+
+OURS = "longrope"
+TITLES = {"original": "original", "pi": "PI", "ntk": "NTK", "yarn": "YaRN", OURS: "LongRoPE (ours)"}
+
+
+def methods(context: Context, ours: lk.LongRope | None) -> dict[str, lk.LongRope]:
+    """Return the ladders that are compared, each as published; `ours` last, where there is one."""
+    loaded = context.loaded
+    found = {"original": loaded.rope}
+    for name, candidate in baselines(loaded.base, loaded.original_length, context.extension).items():
+        found[name] = loaded.extended(candidate.scaling(loaded.base), context.target_length)
+    return found if ours is None else {**found, OURS: ours}
+
+
+def run_evaluation(
+    context: Context, ours: lk.LongRope | None, name: str = "heldout.json", what: str = "evaluate"
+) -> dict[str, Any]:
+    """Evaluate on the held-out documents, write the result and return it.
+
+    Args:
+        ours: the searched ladder; None evaluates the original model and the baselines alone.
+    """
+    loaded = context.loaded
+    windows = context.split.heldout
+    compared = methods(context, ours)
+    original, target = loaded.original_length, context.target_length
+    short_methods = [method for method in ("original", OURS) if method in compared]
+    depths = context.passkey_depths if ours is not None else ()
+    passkey_methods = [method for method in ("original", "yarn", OURS) if depths and method in compared]
+    total = len(windows) * (len(compared) * forward_cost(target) + len(short_methods) * forward_cost(original))
+    total += len(depths) * len(passkey_methods) * forward_cost(target)
+
+    long: dict[str, list[dict[str, Any]]] = {method: [] for method in compared}
+    short: dict[str, list[dict[str, Any]]] = {method: [] for method in short_methods}
+    keys: dict[str, list[dict[str, Any]]] = {}
+    with task(what, total) as work:
+        scorer = Scorer(loaded, context.run.evaluations)
+        label = ""
+        scorer.on_new = lambda length, seconds: work.advance(forward_cost(length), label)
+        scorer.on_known = lambda length: work.skip(forward_cost(length), label)
+        for window in windows:
+            for method, rope in compared.items():
+                label = f"{TITLES[method]} on {window.name}"
+                long[method].append(scorer.score(window, rope, target, stage="heldout", method=method))
+            for method in short_methods:
+                label = f"{TITLES[method]}, {original:,} tokens of {window.name}"
+                record = scorer.score(window, compared[method], original, stage="heldout short", method=method)
+                short[method].append(record)
+        for method in passkey_methods:
+            keys[method] = passkey(
+                loaded,
+                context.run.evaluations,
+                compared[method],
+                target,
+                depths,
+                context.request.seed,
+                on_new=lambda length, seconds: work.advance(forward_cost(length), "passkey"),
+                method=method,
+            )
+    result = tabulate(context, compared, long, short, keys)
+    context.run.write_json(name, result)
+    return result
+
+
+def tabulate(
+    context: Context,
+    compared: Mapping[str, lk.LongRope],
+    long: Mapping[str, Sequence[dict[str, Any]]],
+    short: Mapping[str, Sequence[dict[str, Any]]],
+    keys: Mapping[str, Sequence[dict[str, Any]]],
+) -> dict[str, Any]:
+    """Make the numbers of the report from the records."""
+    original, target = context.loaded.original_length, context.target_length
+    bucket = bucket_tokens(original)
+    block = next(iter(long.values()))[0]["block_tokens"]
+    edges = [*range(0, target, bucket), target]
+    table: dict[str, Any] = {}
+    for method, rope in compared.items():
+        records = long[method]
+        table[method] = {
+            "title": TITLES[method],
+            "rope": rope.scalings[-1].to_dict(),
+            "nll": mean_nll(records, original, target),
+            "perplexity": math.exp(mean_nll(records, original, target)),
+            "by_position": [
+                {"first": first, "last": last, "nll": mean_nll(records, first, last)}
+                for first, last in itertools.pairwise(edges)
+            ],
+            "by_document": [
+                {"window": record["window"], "nll": mean_nll([record], original, target)} for record in records
+            ],
+            # A shorter text than the target is a prefix of it under the same regime, and attention is causal.
+            "by_length": [
+                {"length": length, "nll": mean_nll(records, 0, length)}
+                for length in edges[1:]
+                if length > original and length % block == 0
+            ],
+        }
+        if method in short:
+            table[method]["short"] = {
+                "length": original,
+                "nll": mean_nll(short[method], 0, original),
+                "by_length": [
+                    {"length": length, "nll": mean_nll(short[method], 0, length)}
+                    for length in (original // 4, original // 2, original)
+                    if length % block == 0
+                ],
+            }
+    result: dict[str, Any] = {
+        "format": "longrope-heldout/1",
+        "original_length": original,
+        "target_length": target,
+        "bucket_tokens": bucket,
+        "windows": [window.describe() for window in context.split.heldout],
+        "methods": table,
+    }
+    if OURS in compared:
+        result["differences"] = {
+            method: paired_difference(long[OURS], long[method], original, target).to_dict()
+            for method in compared
+            if method != OURS
+        }
+        pairs = list(zip(short[OURS], short["original"], strict=True))
+        result["short_equals_original"] = all(a["nll_sha256"] == b["nll_sha256"] for a, b in pairs)
+    if keys:
+        result["passkey"] = {
+            method: [{field: row[field] for field in ("depth", "retrieved", "expected", "guessed")} for row in rows]
+            for method, rows in keys.items()
+        }
+    return result
+
+
+def say_evaluation(result: dict[str, Any]) -> None:
+    """Print the perplexity by position as a table, and the intervals."""
+    original, target = result["original_length"], result["target_length"]
+    say(f"Held-out perplexity by position, {len(result['windows'])} documents of {target:,} tokens")
+    table = Table()
+    table.add_column("method")
+    buckets = next(iter(result["methods"].values()))["by_position"]
+    for bucket in buckets:
+        table.add_column(f"{bucket['first']:,}-", justify="right")
+    table.add_column(f"{original:,}-{target:,}", justify="right", style="bold")
+    for method in result["methods"].values():
+        cells = [_number(math.exp(min(bucket["nll"], 700))) for bucket in method["by_position"]]
+        table.add_row(method["title"], *cells, _number(method["perplexity"]))
+    console.print(table)
+    for method, difference in result.get("differences", {}).items():
+        say(
+            f"  loss of ours minus {TITLES[method]}: {difference['mean']:+.4f} nats "
+            f"[{difference['low']:+.4f}, {difference['high']:+.4f}], perplexity x {difference['perplexity_ratio']:.3f}"
+        )
+    if "short_equals_original" in result:
+        short = result["methods"][OURS]["short"]
+        same = "equal to the original's, bit for bit" if result["short_equals_original"] else "NOT the original's"
+        say(f"  up to {short['length']:,} tokens: perplexity {math.exp(short['nll']):.3f}, {same}")
+    for method, rows in result.get("passkey", {}).items():
+        marks = " ".join(f"{row['depth']:.2f}:{'yes' if row['retrieved'] else 'no'}" for row in rows)
+        say(f"  passkey at {target:,} tokens, {TITLES[method]}, by depth: {marks}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"

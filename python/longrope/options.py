@@ -1,0 +1,138 @@
+"""From the options of a command to a request, a budget and an open run."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import longrope_kernels as lk
+
+from . import factors as factor_files
+from . import models, presets
+from .context import Context, Request
+from .errors import refuse
+from .presets import Preset, screen_lengths
+from .run import read_json
+from .search.budget import Budget
+from .search.space import PAPER_START_TOKENS
+from .search.stage import WINNER_FILE, attention_factors
+
+
+def open_run(
+    model: str,
+    to: int,
+    run_dir: Path | None = None,
+    preset: str | None = None,
+    threads: int | None = None,
+    budget: int | None = None,
+    time_budget: float | None = None,
+    passkey_depths: str | None = None,
+    keep_settings: bool = False,
+    **options: Any,
+) -> tuple[Context, Budget]:
+    """Open the run that the options of a command describe.
+
+    Args:
+        options: fields of `Request` as the command line has them; None leaves the preset's or the default.
+        keep_settings: what is not said comes from the run directory where there is one.
+    """
+    chosen = Preset({}) if preset is None else presets.preset(preset)
+    folder = run_dir or Path("runs") / f"{Path(model).stem or model}-{to}"
+    if to < 1:
+        refuse("--to", to, "a target length in tokens")
+    if time_budget is not None and time_budget <= 0:
+        refuse("--time-budget", time_budget, "minutes above 0")
+    if budget is not None and budget < 1:
+        refuse("--budget", budget, "a number of evaluations above 0")
+    given = {name: value for name, value in _parse(options).items() if value is not None}
+    if "screens" not in given and chosen.screen_shares:
+        given["screens"] = _screens(model, to, given.get("original_length"), chosen)
+    fields = {**chosen.request, **given}
+    if keep_settings and (folder / "run.json").is_file():
+        known = read_json(folder / "run.json").get("settings", {})
+        names = {field.name for field in dataclasses.fields(Request)}
+        before = {name: _tuples(value) for name, value in known.items() if name in names}
+        fields = {**before, **fields}
+        fields.pop("model", None), fields.pop("to", None)
+    request = Request(model=model, to=to, **fields)
+    attention_factors(request.attention_factor, 2.0, 2048)
+    evaluations = budget if budget is not None or time_budget is not None else chosen.budget
+    minutes = time_budget if time_budget is not None or budget is not None else chosen.minutes
+    spending = Budget(evaluations, None if minutes is None else minutes * 60)
+    depths = chosen.passkey_depths if passkey_depths is None else numbers("--passkey-depths", passkey_depths)
+    context = Context.open(
+        request,
+        folder,
+        threads,
+        depths,
+        {"evaluations": evaluations, "minutes": minutes},
+        None if keep_settings else shlex.join(["longrope", *sys.argv[1:]]),
+    )
+    return context, spending
+
+
+def read_factors(context: Context, path: Path | None) -> tuple[lk.LongRope, dict[str, Any]] | None:
+    """Return the ladder of a factor file, or of the run's winner, or None where there is neither."""
+    if path is None:
+        path = context.run.path / WINNER_FILE
+        if not path.is_file():
+            return None
+    return factor_files.read(path, context.loaded.base)
+
+
+def integers(option: str, text: str) -> tuple[int, ...]:
+    """Parse `1,2,3`; `none` is nothing."""
+    if text == "none":
+        return ()
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        refuse(option, repr(text), "ints separated by commas, or none")
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Parse `0.1,0.5`; `none` is nothing."""
+    if text == "none":
+        return ()
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        refuse(option, repr(text), "numbers separated by commas, or none")
+
+
+def _parse(options: dict[str, Any]) -> dict[str, Any]:
+    """Turn options as typed into fields of `Request`."""
+    parsed = dict(options)
+    for name in ("text", "heldout_text"):
+        if parsed.get(name):
+            parsed[name] = tuple(parsed[name])
+        else:
+            parsed.pop(name, None)
+    start_tokens = parsed.get("start_tokens")
+    if start_tokens is not None:
+        parsed["start_tokens"] = (
+            PAPER_START_TOKENS if start_tokens == "paper" else integers("--start-tokens", start_tokens)
+        )
+    screen = parsed.pop("screen", None)
+    if screen is not None:
+        parsed["screens"] = integers("--screen", screen)
+    for name in ("search_documents", "heldout_documents", "windows_per_document"):
+        if parsed.get(name) is not None and parsed[name] < 1:
+            refuse(f"--{name.replace('_', '-')}", parsed[name], "an int >= 1")
+    keep = parsed.get("screen_keep")
+    if keep is not None and not 0 < keep <= 1:
+        refuse("--screen-keep", keep, "a share above 0 and up to 1")
+    return parsed
+
+
+def _screens(model: str, to: int, original_length: int | None, chosen: Preset) -> tuple[int, ...]:
+    config = models.load_config(models.find(model))
+    original = models.rope_of(config, original_length).original_max_position_embeddings
+    return screen_lengths(chosen.screen_shares, original, to, 64 if original % 64 == 0 else 1)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,80 @@
+"""Named settings of a run: what fits 20 minutes, what fits some hours, and the paper's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import refuse
+from .search.space import PAPER_START_TOKENS
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Fields of `context.Request` by name, a budget, and what else the evaluation does.
+
+    Attributes:
+        screen_shares: screening lengths as shares of the way from the original length to the target.
+    """
+
+    request: dict[str, Any]
+    screen_shares: tuple[float, ...] = ()
+    budget: int | None = None
+    minutes: float | None = None
+    passkey_depths: tuple[float, ...] = ()
+
+
+PRESETS = {
+    # SmolLM2-135M to 16,384 on 2 cores: about 20 minutes in all.
+    "demo": Preset(
+        {
+            "search_documents": 1,
+            "heldout_documents": 2,
+            "population": 6,
+            "iterations": 8,
+            "mutations": 4,
+            "crossovers": 2,
+            "parents": 3,
+            "start_tokens": (0,),
+        },
+        (0.25,),
+        budget=28,
+        minutes=9,
+    ),
+    # The same in some hours, n-hat included.
+    "full": Preset(
+        {
+            "search_documents": 3,
+            "heldout_documents": 4,
+            "population": 16,
+            "iterations": 40,
+            "mutations": 8,
+            "crossovers": 8,
+            "parents": 8,
+            "screen_controls": 1,
+        },
+        (0.5,),
+        minutes=180,
+        passkey_depths=(0.1, 0.5, 0.9),
+    ),
+    # Algorithm 1 as published: 1,344 candidates on 5 documents, each at the target length.
+    "paper": Preset({"search_documents": 5, "heldout_documents": 5, "start_tokens": PAPER_START_TOKENS}),
+}
+
+
+def preset(name: str) -> Preset:
+    """Return a preset by name."""
+    if name not in PRESETS:
+        refuse("--preset", name, f"one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def screen_lengths(shares: tuple[float, ...], original_length: int, target_length: int, block: int) -> tuple[int, ...]:
+    """Return screening lengths, in whole blocks of the log.
+
+    Examples:
+        >>> screen_lengths((0.25, 0.5), 8192, 16384, 64)
+        (10240, 12288)
+    """
+    lengths = (original_length + round(share * (target_length - original_length) / block) * block for share in shares)
+    return tuple(sorted({length for length in lengths if original_length < length < target_length}))

@@ -1,0 +1,200 @@
+"""The figures, from the JSON files of a run directory alone."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = {"original": "#8a8f98", "pi": "#c58b2a", "ntk": "#4f86c6", "yarn": "#3a9188", "longrope": "#c8385a"}
+TITLES = {"original": "original", "pi": "PI", "ntk": "NTK", "yarn": "YaRN", "longrope": "LongRoPE (ours)"}
+INK, FAINT = "#22262e", "#d9dce1"
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.edgecolor": "#9aa0a8",
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "xtick.color": "#50565f",
+    "ytick.color": "#50565f",
+    "legend.frameon": False,
+    "svg.hashsalt": "longrope",
+    "svg.fonttype": "path",
+}
+
+
+@contextmanager
+def axes(width: float = 7.6, height: float = 3.6) -> Iterator[tuple[Figure, Axes]]:
+    """Yield one figure with one set of axes in the house's style, closed to later changes of the style."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.add_subplot()
+
+
+def factors(search: dict[str, Any], inspection: dict[str, Any]) -> Figure:
+    """Rescale factors by pair, ours beside PI, NTK and YaRN."""
+    with axes() as (figure, ax):
+        ours = search["winner"]["candidate"]
+        lines = {one["origin"][5:]: one["candidate"]["factors"] for one in search["history"] if _is_seed(one)}
+        for name, values in lines.items():
+            ax.plot(values, color=COLORS[name], label=TITLES[name], linewidth=1.6, alpha=0.9)
+        title = TITLES["longrope"] + (f", n-hat {ours['start_tokens']}" if ours["start_tokens"] else "")
+        ax.plot(ours["factors"], color=COLORS["longrope"], label=title, linewidth=2.2, marker="o", markersize=3.2)
+        _critical(ax, inspection)
+        ax.set(xlabel="rotary pair, fastest first", ylabel="rescale factor", title="Rescale factors")
+        ax.legend(loc="upper left", ncols=2, fontsize=9)
+        return figure
+
+
+def wavelengths(inspection: dict[str, Any]) -> Figure:
+    """Turns of each pair in training, and at the target."""
+    with axes(height=3.2) as (figure, ax):
+        pairs = inspection["pairs"]
+        periods = [pair["periods_in_training"] for pair in pairs]
+        colors = [COLORS["longrope"] if value < 1 else COLORS["ntk"] for value in periods]
+        ax.bar(range(len(pairs)), periods, color=colors, width=0.8)
+        ax.axhline(1.0, color=INK, linewidth=0.9)
+        ax.set_yscale("log")
+        _critical(ax, inspection)
+        length = f"{inspection['original_length']:,}"
+        ax.set(xlabel="rotary pair, fastest first", ylabel="turns", title=f"Turns in the {length} tokens of training")
+        return figure
+
+
+def by_position(heldout: dict[str, Any]) -> Figure:
+    """Held-out perplexity by position, all methods."""
+    with axes(height=4.0) as (figure, ax):
+        for name, method in heldout["methods"].items():
+            buckets = method["by_position"]
+            middles = [(bucket["first"] + bucket["last"]) / 2 for bucket in buckets]
+            values = [math.exp(min(bucket["nll"], 50)) for bucket in buckets]
+            ours = name == "longrope"
+            ax.plot(
+                middles,
+                values,
+                color=COLORS[name],
+                label=method["title"],
+                linewidth=2.4 if ours else 1.6,
+                marker="o",
+                markersize=4.5 if ours else 3,
+                zorder=3 if ours else 2,
+            )
+        original = heldout["original_length"]
+        ax.axvline(original, color=INK, linewidth=0.9, linestyle=":")
+        ax.annotate(
+            f"trained to {original:,}", (original, 1), (4, -4), xycoords=("data", "axes fraction"),
+            textcoords="offset points", va="top", fontsize=8.5, color="#50565f",
+        )  # fmt: skip
+        ax.set_yscale("log")
+        _plain_log(ax)
+        _thousands(ax)
+        ax.set(xlabel="position, tokens", ylabel="perplexity (log scale)", title="Held-out perplexity by position")
+        ax.legend(fontsize=9, ncols=2)
+        return figure
+
+
+def search_curve(search: dict[str, Any]) -> Figure:
+    """Every score at the target length in its order, and the best so far."""
+    with axes(height=3.6) as (figure, ax):
+        history = search["history"]
+        best, running = math.inf, []
+        for one in history:
+            best = min(best, one["score"])
+            running.append(best)
+        found = [index for index, one in enumerate(history) if not _is_seed(one)]
+        numbers = [index + 1 for index in found]
+        ax.plot(numbers, [history[i]["score"] for i in found], "o", color="#9aa0a8", markersize=4, label="found")
+        for index, one in enumerate(history):
+            if _is_seed(one):
+                name = one["origin"][5:]
+                ax.plot(index + 1, one["score"], "D", color=COLORS[name], markersize=6.5, label=f"seed {TITLES[name]}")
+        order = range(1, len(history) + 1)
+        ax.step(order, running, where="post", color=COLORS["longrope"], linewidth=2, label="best so far")
+        scores = sorted(one["score"] for one in history)
+        low, high = scores[0], scores[min(int(len(scores) * 0.9), len(scores) - 1)]
+        seeds = [one["score"] for one in history if _is_seed(one)]
+        high = max(high, sorted(seeds)[min(1, len(seeds) - 1)])
+        margin = max((high - low) * 0.12, 1e-4)
+        ax.set_ylim(low - margin, high + margin)
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        ax.set(xlabel="candidate scored at the target length", ylabel="loss, nats per token", title="The search")
+        ax.legend(fontsize=9)
+        return figure
+
+
+def screens(search: dict[str, Any]) -> Figure | None:
+    """Scores at the screening lengths against those at the target; None where there was no screen."""
+    target = {one["id"]: one for one in search["history"]}
+    both = [(screen, [key for key in screen["scores"] if key in target]) for screen in search["screens"]]
+    both = [(screen, keys) for screen, keys in both if len(keys) > 1]
+    if not both:
+        return None
+    with axes(height=3.6) as (figure, ax):
+        for (screen, keys), color in zip(both, ("#4f86c6", "#3a9188", "#c58b2a", "#8a8f98"), strict=False):
+            agreement = screen["agreement"]
+            label = f"{screen['length']:,} tokens: tau {agreement['tau']:.2f}, {agreement['pairs']} candidates"
+            x, y = [screen["scores"][key] for key in keys], [target[key]["score"] for key in keys]
+            ax.plot(x, y, "o", color=color, markersize=5, label=label)
+        title = "Do the screens rank as the target does?"
+        ax.set(xlabel="loss at the screening length", ylabel="loss at the target", title=title)
+        ax.legend(fontsize=9)
+        return figure
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an inline SVG element, without the XML prologue and without a date."""
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file on white."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _critical(ax: Axes, inspection: dict[str, Any]) -> None:
+    at = inspection["critical_pair"] - 0.5
+    ax.axvline(at, color=INK, linewidth=0.9, linestyle=":")
+    ax.annotate(
+        "less than one turn in training →", (at, 0), (4, 5), xycoords=("data", "axes fraction"),
+        textcoords="offset points", fontsize=8.5, color="#50565f",
+    )  # fmt: skip
+
+
+def _is_seed(one: dict[str, Any]) -> bool:
+    return bool(one["origin"].startswith("seed "))
+
+
+def _thousands(ax: Axes) -> None:
+    ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _plain_log(ax: Axes) -> None:
+    ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    low, high = ax.get_ylim()
+    if high / low < 30:
+        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))

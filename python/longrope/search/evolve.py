@@ -1,0 +1,233 @@
+"""The evolution of LongRoPE (arXiv 2402.13753, algorithm 1), over any objective.
+
+Generation 0 is the seeds and mutations of them. Every further one is made of mutations and crossovers of the best
+candidates ever scored. Where there are screens, a generation's children are ranked by them at shorter lengths, and only
+the best are scored by the objective; parents, and the winner, are chosen among those alone.
+
+Generation g draws from a generator seeded by (seed, g) and the scores so far, so a run that is started again with the
+scores it had makes the same children.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import BudgetExhausted, refuse
+from .screening import Screen
+from .space import Candidate, Space
+from .variation import crossover, mutate
+
+TRIES = 50  # to draw a child that was not seen before
+
+
+@dataclass(frozen=True)
+class EvolutionSettings:
+    """Sizes of the evolution; defaults are the paper's.
+
+    Attributes:
+        population: size of generation 0, the seeds included.
+        mutations, crossovers: children of every further generation.
+        mutation_probability: see `variation.mutate`.
+        parents: how many of the best candidates have children.
+        controls: children a generation that screens turned down and the objective scores all the same, drawn at
+            random: they tell whether the screens are right about what they turn down.
+        seed: of all random draws.
+    """
+
+    population: int = 64
+    iterations: int = 40
+    mutations: int = 16
+    crossovers: int = 16
+    mutation_probability: float = 0.3
+    parents: int = 32
+    controls: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("population", 1), ("parents", 1), *((n, 0) for n in ("iterations", "mutations"))):
+            if getattr(self, name) < least:
+                refuse(f"--{name}", getattr(self, name), f"an int >= {least}")
+        if self.crossovers < 0 or self.controls < 0:
+            refuse("--crossovers" if self.crossovers < 0 else "--screen-controls", -1, "an int >= 0")
+        if not 0 <= self.mutation_probability <= 1:
+            refuse("--mutation-probability", self.mutation_probability, "a number between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A candidate, its score (lower is better), and where it is from: `seed yarn`, `mutation of ...`, ..."""
+
+    candidate: Candidate
+    score: float
+    origin: str
+    generation: int
+
+    @property
+    def is_seed(self) -> bool:
+        return self.origin.startswith("seed ")
+
+
+@dataclass
+class Outcome:
+    """What an evolution found.
+
+    Attributes:
+        scored: in the order in which the objective scored them.
+        stopped: why it ended.
+    """
+
+    scored: list[Scored] = field(default_factory=list)
+    generations: int = 0
+    screened: int = 0
+    stopped: str = ""
+
+    @property
+    def best(self) -> Scored:
+        """The lowest score; of equal ones the first, and seeds are scored first."""
+        return min(self.scored, key=lambda one: one.score)
+
+    @property
+    def best_seed(self) -> Scored:
+        return min((one for one in self.scored if one.is_seed), key=lambda one: one.score)
+
+
+def evolve(
+    space: Space,
+    seeds: Mapping[str, Candidate],
+    objective: Callable[[Candidate], float],
+    settings: EvolutionSettings,
+    screens: Sequence[Screen] = (),
+    affords: Callable[[Sequence[int]], bool] = lambda counts: True,
+    on_scored: Callable[[Scored], None] = lambda scored: None,
+) -> Outcome:
+    """Search for the candidate with the lowest objective.
+
+    Args:
+        objective: any callable from a candidate to a score; may raise `BudgetExhausted` before it starts to work.
+        screens: cheaper scores, the cheapest first.
+        affords: whether so many candidates can still be scored, by each screen in turn and by the objective; decides
+            how many children a generation has.
+        on_scored: called after each objective score.
+
+    Returns:
+        All that was scored, the seeds first; the best is never worse than the best seed.
+    """
+    outcome = Outcome()
+    seen: set[str] = set()
+
+    def score(candidate: Candidate, origin: str, generation: int) -> None:
+        scored = Scored(candidate, objective(candidate), origin, generation)
+        outcome.scored.append(scored)
+        on_scored(scored)
+
+    for name, candidate in seeds.items():
+        if candidate.id not in seen:
+            seen.add(candidate.id)
+            score(candidate, f"seed {name}", 0)
+    try:
+        for generation in range(settings.iterations + 1):
+            random = np.random.default_rng([settings.seed, generation])
+            active = [screen for screen in screens if screen.dropped_after is None]
+            if generation == 0 and settings.population > len(outcome.scored):
+                for screen in active:  # seeds have both scores: the first test of the screens
+                    if affords([len(seeds) * (screen is other) for other in screens] + [0]):
+                        for scored in list(outcome.scored):
+                            screen(scored.candidate)
+            wanted = settings.mutations + settings.crossovers
+            if generation == 0:
+                wanted = settings.population - len(outcome.scored)
+            children_count = _affordable(wanted, screens, active, settings.controls, affords)
+            if children_count == 0 and wanted > 0:
+                raise BudgetExhausted
+            parents = sorted(outcome.scored, key=lambda one: one.score)[: settings.parents]
+            share = 1.0 if generation == 0 else settings.mutations / max(wanted, 1)
+            children = _children(space, parents, children_count, share, settings.mutation_probability, random, seen)
+            if not children and wanted > 0:
+                outcome.stopped = "no new candidates left in the space"
+                return outcome
+            outcome.screened += len(children) if active else 0
+            for candidate, origin in _survivors(children, active, settings.controls, random):
+                score(candidate, origin, generation)
+            outcome.generations = generation
+            target = {one.candidate.id: one.score for one in outcome.scored}
+            for screen in active:
+                screen.judge(target)
+    except BudgetExhausted:
+        outcome.stopped = "the budget is spent"
+        return outcome
+    outcome.stopped = f"all {settings.iterations} iterations are done"
+    return outcome
+
+
+def survivors_counts(children: int, screens: Sequence[Screen], active: Sequence[Screen], controls: int) -> list[int]:
+    """Return how many of `children` each screen scores, and last how many the objective does."""
+    counts, left = [], children
+    for screen in screens:
+        counts.append(left if screen in active else 0)
+        if screen in active:
+            left = math.ceil(left * screen.keep)
+    return [*counts, min(left + (controls if active else 0), children)]
+
+
+def _affordable(
+    wanted: int,
+    screens: Sequence[Screen],
+    active: Sequence[Screen],
+    controls: int,
+    affords: Callable[[Sequence[int]], bool],
+) -> int:
+    """Return the largest number of children, up to `wanted`, that can be screened and scored to the end."""
+    for count in range(wanted, 0, -1):
+        if affords(survivors_counts(count, screens, active, controls)):
+            return count
+    return 0
+
+
+def _children(
+    space: Space,
+    parents: Sequence[Scored],
+    count: int,
+    mutation_share: float,
+    probability: float,
+    random: np.random.Generator,
+    seen: set[str],
+) -> list[tuple[Candidate, str]]:
+    """Draw `count` candidates that were not seen before, with what they came from."""
+    children: list[tuple[Candidate, str]] = []
+    mutations = round(count * mutation_share)
+    for number in range(count):
+        for _ in range(TRIES):
+            one = parents[int(len(parents) * random.random() ** 2)]  # the better, the more children
+            if number < mutations or len(parents) == 1:
+                child = mutate(one.candidate, space, random, probability)
+                origin = f"mutation of {one.candidate.id[:8]}"
+            else:
+                other, third = (parents[int(random.integers(0, len(parents)))] for _ in range(2))
+                child = crossover(one.candidate, other.candidate, third.candidate, space, random)
+                origin = f"crossover of {one.candidate.id[:8]} with {other.candidate.id[:8]}"
+            if child.id not in seen:
+                seen.add(child.id)
+                children.append((child, origin))
+                break
+    return children
+
+
+def _survivors(
+    children: Sequence[tuple[Candidate, str]], active: Sequence[Screen], controls: int, random: np.random.Generator
+) -> list[tuple[Candidate, str]]:
+    """Let the screens rank the children; return the best, and controls, in the order in which to score them."""
+    left = list(children)
+    for screen in active:
+        left.sort(key=lambda child: screen(child[0]))
+        left = left[: math.ceil(len(left) * screen.keep)]
+    if active and controls:
+        kept = {candidate.id for candidate, _ in left}
+        refused = [child for child in children if child[0].id not in kept]
+        for index in random.permutation(len(refused))[:controls]:
+            candidate, origin = refused[index]
+            left.append((candidate, f"{origin}, a control the screen turned down"))
+    return left
