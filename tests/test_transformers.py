@@ -83,12 +83,21 @@ CONFIGS: dict[str, Any] = {
     ),
 }
 FAMILIES = sorted(CONFIGS)
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+RELATIVES: dict[str, Any] = {  # the same attention in other models
+    "gemma": lambda: hf.GemmaConfig(**COMMON, head_dim=32),
+    "granite": lambda: hf.GraniteConfig(**COMMON, attention_multiplier=0.1),
+    "mixtral": lambda: hf.MixtralConfig(**COMMON, num_local_experts=4),
+    "olmo2": lambda: hf.Olmo2Config(**COMMON),
+    "qwen2_moe": lambda: hf.Qwen2MoeConfig(**COMMON, **EXPERTS, shared_expert_intermediate_size=64),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**COMMON, **EXPERTS, head_dim=32),
+}
 
 
 def build(name: str, implementation: str = "eager") -> Any:
     """Return a random model of a family; eager is the one stock attention that has Gemma-2's softcap."""
     torch.manual_seed(len(name))
-    return hf.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=implementation).eval()
+    return hf.AutoModelForCausalLM.from_config((CONFIGS | RELATIVES)[name](), attn_implementation=implementation).eval()
 
 
 def pair(name: str) -> tuple[Any, Any]:
@@ -115,7 +124,7 @@ def assert_close(ours: Tensor, stock: Tensor, tolerance: float = 1e-5) -> None:
     assert error < tolerance, f"relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *RELATIVES])
 @torch.no_grad()
 def test_logits_equal_the_stock_models(name: str) -> None:
     stock, ours = pair(name)
@@ -123,7 +132,7 @@ def test_logits_equal_the_stock_models(name: str) -> None:
     assert_close(ours(ids).logits, stock(ids).logits)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *RELATIVES])
 @torch.no_grad()
 def test_logits_of_a_padded_batch_equal_the_stock_models(name: str) -> None:
     stock, ours = pair(name)
@@ -135,7 +144,7 @@ def test_logits_of_a_padded_batch_equal_the_stock_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_padding_and_neighbours_change_no_bit_of_a_sequence(name: str) -> None:
+def test_padding_and_neighbours_do_not_change_a_sequence(name: str) -> None:
     _, ours = pair(name)
     ids = tokens(1, 20)
     alone = ours(ids).logits[0]
@@ -157,7 +166,7 @@ def test_generate_equals_stock_generate(name: str, cache: str) -> None:
         assert torch.equal(ours.generate(ids[:, :length], **options), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "gemma3", *RELATIVES])
 def test_other_ways_to_generate_equal_stock(name: str) -> None:
     stock, ours = pair(name)
     ids, mask = tokens(2, 21), padding(21, left=[0, 7], right=[0, 0])

@@ -29,7 +29,10 @@ from .transformers_attention import NAME, LayerRope, UnrotatedEmbedding, skip_ro
 
 SIDECAR = "longrope.json"
 # Models whose attention rotates queries and keys last thing before the cache, in the NeoX layout: those tested.
-MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+MODEL_TYPES = (
+    *("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral"),
+    *("olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+)
 POLICIES = ("rerotate", "reprefill")
 _FULL = "full_attention"
 
@@ -73,13 +76,13 @@ def enable(
     if regime is not None and (not isinstance(regime, int) or isinstance(regime, bool) or regime < 1):
         refuse("regime", regime, "a length in tokens, an int >= 1, or None")
     decoder = _decoder(model)
-    disable(model)
     ropes = _ropes(decoder, rope)
+    configs = [(module, vars(module).get("config")) for module in model.modules()]
+    disable(model)
 
     changes = _Changes()
     copies: dict[int, Any] = {}  # what one deepcopy has copied, the others take: modules go on sharing a config
-    for module in list(model.modules()):
-        config = vars(module).get("config")
+    for module, config in configs:
         if isinstance(config, PreTrainedConfig):
             config = copy.deepcopy(config, copies)
             config._attn_implementation = NAME

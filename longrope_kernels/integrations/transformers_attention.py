@@ -107,11 +107,16 @@ def layout_mask(
         ValueError: a pattern or a padding mask that is not one run of tokens per sequence.
     """
     expected = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
-    if not _same(mask_function, expected):
+    if torch.compiler.is_compiling() and local_size is not None:
+        # Closures cannot be looked into here; transformers allows the skip where it has added nothing to the pattern.
+        known = not kwargs.get("use_vmap") and (kwargs.get("allow_is_causal_skip") or q_length == 1)
+    else:
+        known = _same(mask_function, expected)
+    if not known:
         refuse(
             "attention_mask",
             "a pattern of another kind (packed position_ids, bidirectional, chunked or custom)",
-            "causal attention, with or without a sliding window, one sequence in a row",
+            "causal attention, one sequence in a row (while compiling, give an attention_mask of 1s)",
         )
     last = q_offset + q_length
     first, end = torch.zeros((), dtype=torch.int64, device=device), last
@@ -131,16 +136,16 @@ def _run_of_tokens(attention_mask: Tensor, last: int | Tensor, batch_size: int) 
     token = attention_mask.bool() & (column < last)
     first = token.int().argmax(1)
     end = ((column + 1) * token).amax(1)
-    if not torch.compiler.is_compiling():
-        if attention_mask.shape[1] < int(last):
-            refuse("attention_mask", f"{attention_mask.shape[1]} columns", f"{int(last)}, one per token ever fed")
-        gaps = (token.sum(1) != end - first).nonzero()
-        if len(gaps):
-            refuse(
-                "attention_mask",
-                f"a gap between the tokens of row {int(gaps[0])}",
-                "padding on the left or the right only (on the left, to generate)",
-            )
+    whole = token.sum(1) == end - first
+    if torch.compiler.is_compiling():
+        ok = whole.all() & (attention_mask.shape[1] >= last)
+        torch._assert_async(ok, "attention_mask: got a gap between tokens, expected padding at the ends only")
+    elif attention_mask.shape[1] < int(last):
+        refuse("attention_mask", f"{attention_mask.shape[1]} columns", f"{int(last)}, one per token ever fed")
+    elif not whole.all():
+        row = int((~whole).nonzero()[0])
+        what = f"a gap between the tokens of row {row}"
+        refuse("attention_mask", what, "padding on the left or the right only (on the left, to generate)")
     return first, end
 
 
@@ -214,9 +219,11 @@ def attention_forward(
         refuse("attention_dropout", dropout, "0 in training: the fused attention has no dropout")
     if kwargs.get("output_attentions", module.config.output_attentions):
         refuse("output_attentions", True, "False: the fused attention never forms the weights (use disable(model))")
-    if is_causal is False or kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cache") is not None:
-        what = next(name for name in ("cu_seq_lens_q", "cache", "is_causal") if name == "is_causal" or kwargs.get(name))
-        refuse(what, "bidirectional, packed or paged attention", "causal attention of one sequence in a row")
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cache", "position_bias", "s_aux"):  # packed, paged, biased, sinks
+        if kwargs.get(name) is not None:
+            refuse(name, f"a {type(kwargs[name]).__name__}", "None: plain attention of one sequence in a row")
+    if is_causal is False:
+        refuse("is_causal", False, "causal attention")
     device = query.device.type
     if torch.is_autocast_enabled(device):  # an op of one's own is not on autocast's list; torch's attention is
         dtype = torch.get_autocast_dtype(device)
@@ -280,9 +287,7 @@ def _make_layout(
 
     positions = index if position_ids is None else position_ids.to(torch.int64).expand(index.shape)
     token = (index >= 0) & (index < (end - first).unsqueeze(1))
-    explicit = False
-    if not torch.compiler.is_compiling() and index.numel():
-        explicit = _check(columns, positions, index, token, key_tokens, window)
+    explicit = bool(index.numel()) and _check(columns, positions, index, token, key_tokens, window)
     if explicit:
         layout.lengths = torch.where(token, positions, -1).amax(1) + 1
         layout.query_positions = torch.where(token, positions, 0)
@@ -308,6 +313,10 @@ def _check(
     by_index = (low > high) | (low == high) & ((low == 0) | (low == first))
     falls = token[:, 1:] & token[:, :-1] & (positions.diff(dim=1) <= 0)
     flags = torch.stack((by_index.all(), falls.any(), (columns[:, -1] == _MAGIC).all()))
+    if torch.compiler.is_compiling():
+        ok = flags[0] & ~flags[1] & flags[2] & (columns[:, 4:6] == columns.new_tensor((key_tokens, window or 0))).all()
+        torch._assert_async(ok, "position_ids or attention_mask: cannot be expressed; run uncompiled for the reason")
+        return False
     query_offset, _, slots, local, all_by_index, any_falls, ours = torch.cat((columns[0, 2:-1], flags)).tolist()
     if not ours:
         refuse("attention_mask", f"an int64 mask of shape [{len(columns)}, 1, 1, 7]", "a 2D padding mask")
