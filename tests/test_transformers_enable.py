@@ -359,6 +359,10 @@ def test_another_attention_on_an_enabled_model_is_refused() -> None:
         model(tokens(1, 6))
 
 
+def test_the_integration_is_an_attribute_of_the_package() -> None:
+    assert lk.integrations.transformers.enable is enable
+
+
 def test_models_and_ropes_that_are_not_supported_are_refused(tmp_path: Path) -> None:
     gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(lk.UnsupportedRopeError, match=r"^model: got a gpt2 model, expected one of gemma, "):
