@@ -287,22 +287,23 @@ def _make_layout(
 
     positions = index if position_ids is None else position_ids.to(torch.int64).expand(index.shape)
     token = (index >= 0) & (index < (end - first).unsqueeze(1))
-    explicit = bool(index.numel()) and _check(columns, positions, index, token, key_tokens, window)
+    explicit = dropped = False
+    if index.numel():
+        explicit, dropped = _check(columns, positions, index, token, key_tokens, window)
     if explicit:
         layout.lengths = torch.where(token, positions, -1).amax(1) + 1
         layout.query_positions = torch.where(token, positions, 0)
         layout.key_positions = torch.zeros_like(slot_index)
         layout.key_positions[:, :query_tokens] = layout.query_positions
-    elif has_start_tokens:
-        # A sliding cache has dropped tokens, so a slot's place in it is no longer its index in the sequence.
+    elif dropped and has_start_tokens:  # a slot's place in a sliding cache is no longer its index in the sequence
         layout.query_positions, layout.key_positions = index.clamp(min=0), slot_index.clamp(min=0)
     return layout
 
 
 def _check(
     columns: Tensor, positions: Tensor, index: Tensor, token: Tensor, key_tokens: int, window: int | None
-) -> bool:
-    """Refuse what cannot be expressed; return whether positions differ from the index, and so must be given.
+) -> tuple[bool, bool]:
+    """Refuse what cannot be expressed; return whether positions differ from the index, and whether keys were dropped.
 
     A model that is given none counts its `position_ids` from the first slot, left padding included. That is the index
     plus a constant of the sequence, which distances do not see, and it is read as the index.
@@ -316,8 +317,10 @@ def _check(
     if torch.compiler.is_compiling():
         ok = flags[0] & ~flags[1] & flags[2] & (columns[:, 4:6] == columns.new_tensor((key_tokens, window or 0))).all()
         torch._assert_async(ok, "position_ids or attention_mask: cannot be expressed; run uncompiled for the reason")
-        return False
-    query_offset, _, slots, local, all_by_index, any_falls, ours = torch.cat((columns[0, 2:-1], flags)).tolist()
+        return False, True
+    query_offset, key_offset, slots, local, all_by_index, any_falls, ours = torch.cat(
+        (columns[0, 2:-1], flags)
+    ).tolist()
     if not ours:
         refuse("attention_mask", f"an int64 mask of shape [{len(columns)}, 1, 1, 7]", "a 2D padding mask")
     if slots != key_tokens:
@@ -339,7 +342,7 @@ def _check(
             f"{int(positions[row, column])} in row {row}",
             f"{int(index[row, column])}, the index in its sequence: the positions of cached keys are not kept",
         )
-    return not all_by_index
+    return not all_by_index, key_offset > 0
 
 
 AttentionInterface.register(NAME, attention_forward)
