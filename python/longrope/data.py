@@ -21,16 +21,28 @@ from .errors import UsageError, one_line, refuse
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html", ".jsonl")
 TEXT_FIELDS = ("text", "content", "document")
+SHORT_PARAGRAPH = 60  # letters; headings and one-line examples may well be the same by chance
 DATASET_ROWS = 2000  # read of a data set, from its beginning
 
 # Documents of the standard library, best first: prose and code, no tables of data. A name that ends in a slash is a
 # package, its modules joined. No text appears twice, on one side or on both.
+TOPICS_FIRST, TOPICS_SECOND = "pydoc topics, first half", "pydoc topics, second half"
 STDLIB_HELDOUT = (
-    *("pydoc topics", "argparse.py", "tarfile.py", "subprocess.py", "ipaddress.py", "pickle.py", "mailbox.py"),
+    *(TOPICS_FIRST, "argparse.py", "tarfile.py", "subprocess.py", "ipaddress.py", "pickle.py", "mailbox.py"),
     *("asyncio/", "multiprocessing/", "http/"),
 )
 STDLIB_SEARCH = (
-    *("_pydecimal.py", "inspect.py", "typing.py", "zipfile.py", "difflib.py", "pydoc.py", "_pyio.py", "enum.py"),
+    *(
+        TOPICS_SECOND,
+        "_pydecimal.py",
+        "inspect.py",
+        "typing.py",
+        "zipfile.py",
+        "difflib.py",
+        "pydoc.py",
+        "_pyio.py",
+        "enum.py",
+    ),
     *("email/", "xml/", "logging/"),
 )
 
@@ -178,15 +190,33 @@ def stdlib(names: Iterable[str]) -> Iterator[Document]:
     """Yield those of the named documents that this Python has."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for name in names:
-        if name == "pydoc topics":
-            topics = import_module("pydoc_data.topics").topics
-            yield Document(name, "\n\n".join(topics[topic] for topic in sorted(topics)))
+        if name in (TOPICS_FIRST, TOPICS_SECOND):
+            yield Document(name, _topics(name == TOPICS_SECOND))
             continue
         path = root / name
         files = sorted(path.glob("*.py")) if name.endswith("/") else [path]
         texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
         if texts:
             yield Document(f"stdlib {name}", "\n\n".join(texts))
+
+
+def _topics(second: bool) -> str:
+    """Return one half of Python's documentation topics, by name; the second without the paragraphs of the first.
+
+    Topics quote each other: a fifth of the text appears in more than one.
+    """
+    topics = import_module("pydoc_data.topics").topics
+    names = sorted(topics)
+    first = "\n\n".join(topics[name] for name in names[: len(names) // 2])
+    if not second:
+        return first
+    seen = {_squeezed(paragraph) for paragraph in first.split("\n\n")}
+    rest = "\n\n".join(topics[name] for name in names[len(names) // 2 :]).split("\n\n")
+    return "\n\n".join(text for text in rest if len(text) < SHORT_PARAGRAPH or _squeezed(text) not in seen)
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _file(path: Path) -> Iterator[Document]:
