@@ -17,6 +17,7 @@
 #include <cmath>
 #include <limits>
 
+#include "attention_decode.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "tile.h"
@@ -233,6 +234,7 @@ template <class T, class Math>
 void attention(const AttentionParams& p) {
     using Element = typename Math::Element;
     if (p.batch == 0 || p.query_heads == 0 || p.query_tokens == 0) return;
+    if (decodes(p)) return Decoder<T>(p).run();
     const Packed<T, Math, kKeyBlock> packed(p.head_dim);
     const int64_t group = p.query_heads / p.key_heads;
     const int64_t row_blocks = (group * p.query_tokens + kRowBlock - 1) / kRowBlock;
