@@ -77,7 +77,9 @@ class CMakeBuild(build_ext):
                 raise BuildFailed(f"building failed: {first} (all of it: {log})")
         target.parent.mkdir(parents=True, exist_ok=True)
         built = next((build / "out").glob("_cpu*"))
-        shutil.copy2(built, target)
+        part = target.with_name(f".{target.name}.part")
+        shutil.copy2(built, part)
+        os.replace(part, target)  # a process that runs the old module keeps it
 
 
 packages = find_packages(include=["longrope_kernels", "longrope_kernels.*"])
