@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt pyproject.toml
 
-.PHONY: help setup demo search-full test test-full lint format bench sanitize clean
+.PHONY: help setup demo search-full test test-full lint format bench bench-cpu sanitize clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,9 @@ format: $(VENV)/.tools  ## rewrite sources to the formatters' taste
 
 bench: $(VENV)/.built  ## microbenchmarks beside torch, as a table and JSON in bench/results
 	$(PY) -m bench
+
+bench-cpu: $(VENV)/.built  ## the CPU backend beside torch and the ceilings of this machine, which should be quiet
+	$(PY) -m bench.cpu --model
 
 clean:  ## remove what building left
 	rm -rf build $(VENV)/.built longrope_kernels/*.so *.egg-info
