@@ -41,6 +41,8 @@ class Table:
         return "\n".join("| " + " | ".join(cells) + " |" for cells in (self.headings, align, *self.rows))
 
     def show(self, console: Console, title: str = "") -> None:
+        if not self.rows:
+            return
         table = RichTable(title=title or None, title_justify="left")
         for number, heading in enumerate(self.headings):
             table.add_column(heading, justify="right" if number else "left", no_wrap=number == 0)
