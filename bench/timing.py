@@ -51,7 +51,7 @@ def probes(kind: str, dtype: torch.dtype, size: float = 1.0) -> dict[str, Probe]
         memory = torch.ones(count // 4)
 
         def read() -> float:
-            # A sum by torch read 75 GB/s where the scalar loop of probe_read reached 58: a ceiling is the best of both.
+            # A sum by torch read 75 GB/s where probe_read reached 58: the ceiling is the better one.
             began = time.perf_counter()
             memory.sum()
             by_torch = count / (time.perf_counter() - began) / 1e9
