@@ -91,6 +91,7 @@ def reload_check(
         "tolerance": tolerance,
         "checks": checks,
         "short_equals_stock_original": same,
+        "short_stock_original_nll": answer["original_short_nll"],
         "transformers": answer["transformers"],
         "rope_type": answer["rope_type"],
         "passed": all(check["passed"] for check in checks),

@@ -66,5 +66,6 @@ def say_export(result: dict[str, Any]) -> None:
             f"{one['start']:,}-{one['length']:,}, loss {one['stock_nll']:.5f}, ours {one['ours_nll']:.5f}, "
             f"difference {one['difference']:.5f} (tolerance {check['tolerance']:g})"
         )
-    same = "equal, bit for bit" if check["short_equals_stock_original"] else "not equal (see the notes)"
+    change = check["checks"][0]["stock_nll"] - check["short_stock_original_nll"]
+    same = "equal, bit for bit" if check["short_equals_stock_original"] else f"loss {change:+.4f} (see the notes)"
     say(f"  short regime in stock transformers against the original model: {same}")

@@ -17,7 +17,7 @@ from ..progress import Task, clock, say, task
 from .budget import Budget, forward_cost
 from .evolve import EvolutionSettings, Outcome, Scored, evolve, survivors_counts
 from .screening import Screen, agreement
-from .seeds import SEED_NAMES, seed_factors, su_attention_factor, yarn_attention_factor
+from .seeds import SEED_NAMES, baselines, su_attention_factor, yarn_attention_factor
 from .space import Candidate, Space, nearest
 
 WINNER_FILE = "factors/winner.json"
@@ -72,9 +72,9 @@ def run_search(context: Context, budget: Budget) -> dict[str, Any]:
         name: dataclasses.replace(
             candidate,
             start_tokens=nearest(space.start_tokens, 0),
-            attention_factor=nearest(space.attention_factors, 1.0),
+            attention_factor=nearest(space.attention_factors, candidate.attention_factor),
         )
-        for name, candidate in seed_factors(loaded.base, context.original_length, context.extension).items()
+        for name, candidate in baselines(loaded.base, context.original_length, context.extension).items()
     }
     needed = len(seeds) * len(windows)
     if budget.evaluations is not None and budget.evaluations < needed:
