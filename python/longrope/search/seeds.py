@@ -35,7 +35,7 @@ def seed_factors(base: lk.RopeScaling, original_length: int, extension: float) -
 
 
 def baselines(base: lk.RopeScaling, original_length: int, extension: float) -> dict[str, Candidate]:
-    """Return PI, NTK and YaRN as published, YaRN with its own attention factor: seeds, and what the result must beat."""
+    """Return the methods as published, YaRN with its own attention factor: seeds, and what the result must beat."""
     methods = seed_factors(base, original_length, extension)
     yarn = methods["yarn"]
     methods["yarn"] = Candidate(yarn.factors, 0, yarn_attention_factor(extension))
