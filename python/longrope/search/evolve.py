@@ -48,11 +48,11 @@ class EvolutionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("population", 1), ("parents", 1), *((n, 0) for n in ("iterations", "mutations"))):
-            if getattr(self, name) < least:
-                refuse(f"--{name}", getattr(self, name), f"an int >= {least}")
-        if self.crossovers < 0 or self.controls < 0:
-            refuse("--crossovers" if self.crossovers < 0 else "--screen-controls", -1, "an int >= 0")
+        least = {"population": 1, "parents": 1}
+        for name in ("population", "parents", "iterations", "mutations", "crossovers", "controls", "seed"):
+            if getattr(self, name) < least.get(name, 0):
+                option = "--screen-controls" if name == "controls" else f"--{name}"
+                refuse(option, getattr(self, name), f"an int >= {least.get(name, 0)}")
         if not 0 <= self.mutation_probability <= 1:
             refuse("--mutation-probability", self.mutation_probability, "a number between 0 and 1")
 
@@ -120,7 +120,9 @@ def evolve(
     seen: set[str] = set()
 
     def score(candidate: Candidate, origin: str, generation: int) -> None:
-        scored = Scored(candidate, objective(candidate), origin, generation)
+        value = objective(candidate)
+        # Not a number (an overflow in half precision) compares as neither better nor worse: the worst, then.
+        scored = Scored(candidate, math.inf if math.isnan(value) else value, origin, generation)
         outcome.scored.append(scored)
         on_scored(scored)
 
