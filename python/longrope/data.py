@@ -125,6 +125,7 @@ def split(
         UsageError: fewer than one document for either side.
     """
     sources = tuple(sources)
+    heldout_sources = None if heldout_sources is None else tuple(heldout_sources)
     if heldout_sources is None and sources == ("stdlib",):
         ordered = {"search": stdlib(STDLIB_SEARCH), "heldout": stdlib(STDLIB_HELDOUT)}
     elif heldout_sources is None:
@@ -133,11 +134,11 @@ def split(
     else:
         ordered = {
             "search": iter(_by_content(documents(sources))),
-            "heldout": iter(_by_content(documents(tuple(heldout_sources)))),
+            "heldout": iter(_by_content(documents(heldout_sources, "--heldout-text"))),
         }
     chosen: dict[str, list[Window]] = {"heldout": [], "search": []}
     taken: set[str] = set()
-    longest = 0
+    longest = {"heldout": 0, "search": 0}
     wanted = {"heldout": heldout, "search": search}
     # One for each side first, then in turn: few documents are shared out evenly.
     turns = [side for i in range(max(search, heldout)) for side in ("heldout", "search") if i < wanted[side]]
@@ -147,43 +148,46 @@ def split(
                 continue
             progress(document.name)
             found, tokens = _windows(tokenizer, document, length, windows_per_document)
-            longest = max(longest, tokens)
+            longest[side] = max(longest[side], tokens)
             if found:
                 taken.add(document.sha256)
                 chosen[side] += found
                 break
     for side, windows in chosen.items():
         if not windows:
-            argument = "--heldout-text" if side == "heldout" and heldout_sources is not None else "--text"
-            found_text = f"no document of {length} tokens" if not taken else f"{len(taken)} document of {length} tokens"
-            detail = f"{found_text} (the longest has {longest})" if longest else found_text
-            refuse(
-                argument, f"{detail} in {', '.join(sources)}", f"one for the {side} side that the other does not use"
-            )
+            apart = heldout_sources is not None
+            argument = "--heldout-text" if side == "heldout" and apart else "--text"
+            places = tuple(heldout_sources or ()) if side == "heldout" and apart else sources
+            count = 0 if apart else len(taken)
+            found_text = f"{count or 'no'} document of {length} tokens"
+            most = longest[side] if apart else max(longest.values())
+            detail = f"{found_text} (the longest has {most})" if most else found_text
+            refuse(argument, f"{detail} in {', '.join(places)}", f"one for the {side} side that the other does not use")
     return Split(tuple(chosen["search"]), tuple(chosen["heldout"]))
 
 
-def documents(sources: Iterable[str]) -> Iterator[Document]:
+def documents(sources: Iterable[str], argument: str = "--text") -> Iterator[Document]:
     """Read documents.
 
     Args:
         sources: each a text file, a folder of them, a .jsonl file whose objects have a field `text`, `stdlib`, or a
             `datasets` name, `NAME` or `NAME:SPLIT`.
+        argument: what an error names.
     """
     for source in sources:
         path = Path(source)
-        if path.is_dir():
+        if source and path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
             if not files:
-                refuse("--text", source, f"a folder with files that end in {', '.join(SUFFIXES)}")
+                refuse(argument, source, f"a folder with files that end in {', '.join(SUFFIXES)}")
             for file in files:
-                yield from _file(file)
+                yield from _file(file, argument)
         elif path.is_file():
-            yield from _file(path)
+            yield from _file(path, argument)
         elif source == "stdlib":
             yield from stdlib((*STDLIB_HELDOUT, *STDLIB_SEARCH))
         else:
-            yield from _dataset(source)
+            yield from _dataset(source, argument)
 
 
 def stdlib(names: Iterable[str]) -> Iterator[Document]:
@@ -219,29 +223,29 @@ def _squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
-def _file(path: Path) -> Iterator[Document]:
+def _file(path: Path, argument: str) -> Iterator[Document]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(one_line(f"--text: got {path} ({error}), expected a readable UTF-8 file")) from None
+        raise UsageError(one_line(f"{argument}: got {path} ({error}), expected a readable UTF-8 file")) from None
     if path.suffix != ".jsonl":
         yield Document(str(path), text)
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
             content = next(fields[name] for name in TEXT_FIELDS if isinstance(fields.get(name), str))
         except (ValueError, AttributeError, StopIteration):
-            refuse("--text", f"{path} line {number}", f"a JSON object with a string in {', '.join(TEXT_FIELDS)}")
+            refuse(argument, f"{path} line {number}", f"a JSON object with a string in {', '.join(TEXT_FIELDS)}")
         yield Document(f"{path}:{number}", content)
 
 
-def _dataset(source: str) -> Iterator[Document]:
+def _dataset(source: str, argument: str) -> Iterator[Document]:
     expected = "a file, a folder, a .jsonl file, stdlib"
-    if source.startswith((".", "/", "~")) or find_spec("datasets") is None:
-        refuse("--text", repr(source), f"{expected}, or a dataset's name with the package datasets installed")
+    if not source or source.startswith((".", "/", "~")) or find_spec("datasets") is None:
+        refuse(argument, repr(source), f"{expected}, or a dataset's name with the package datasets installed")
     import datasets
 
     name, _, part = source.partition(":")
@@ -250,13 +254,13 @@ def _dataset(source: str) -> Iterator[Document]:
         for number, row in enumerate(itertools.islice(rows, DATASET_ROWS)):
             content = next((row[field] for field in TEXT_FIELDS if isinstance(row.get(field), str)), None)
             if content is None:
-                refuse("--text", f"{source} with fields {sorted(row)}", f"one of {', '.join(TEXT_FIELDS)}")
+                refuse(argument, f"{source} with fields {sorted(row)}", f"one of {', '.join(TEXT_FIELDS)}")
             yield Document(f"{source}#{number}", content)
     except UsageError:
         raise
     except Exception as error:  # whatever the hub or a loader raises
         raise UsageError(
-            one_line(f"--text: got {source!r} ({error}), expected {expected} or a dataset's name")
+            one_line(f"{argument}: got {source!r} ({error}), expected {expected} or a dataset's name")
         ) from error
 
 
