@@ -14,7 +14,7 @@ from torch.nn import functional
 import longrope_kernels as lk
 
 from .errors import refuse
-from .models import DTYPES, default_dtype
+from .models import DTYPES, check_dtype, default_dtype
 from .progress import console, say, task
 
 REPEATS = 3
@@ -32,8 +32,9 @@ def run_bench(
     Both sides include the rotation: ours is fused, torch's is what transformers' Llama does, on tables it has.
     """
     name = default_dtype() if dtype == "auto" else dtype
-    if name not in DTYPES:
-        refuse("--dtype", dtype, f"one of auto, {', '.join(DTYPES)}")
+    check_dtype(name)
+    if not lengths or min(lengths) < 1:
+        refuse("--lengths", ",".join(map(str, lengths)) or "none", "one or more numbers of tokens above 0")
     scaling = lk.RopeScaling.yarn(head_dim, 1e5, 2.0, 8192)
     rows = []
     with task("bench", sum(2 * (REPEATS + 1) * length**2 for length in lengths)) as work:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from .errors import PipelineError, disk_error, one_line
+from .errors import PipelineError, disk_error, one_line, refuse
 
 app = typer.Typer(
     name="longrope",
@@ -80,6 +82,8 @@ def inspect(
 
     source = models.find(model)
     config = models.load_config(source)
+    if to is not None and to < 1:
+        refuse("--to", to, "a length in tokens")
     found = inspect_rope(models.rope_of(config, original_length), model, config.model_type, to)
     say_inspection(found)
     if json_file is not None:
@@ -128,7 +132,8 @@ def search(
     context, spending = open_run(**arguments)
     from .search.stage import run_search
 
-    run_search(context, spending)
+    with closing(context):
+        run_search(context, spending)
 
 
 @app.command()
@@ -170,7 +175,8 @@ def extend(
     context, spending = open_run(**arguments)
     from .extend import extend as run_extend
 
-    run_extend(context, spending)
+    with closing(context):
+        run_extend(context, spending)
 
 
 @app.command()
@@ -192,14 +198,18 @@ def evaluate(
 ) -> None:
     """Perplexity by position and length on held-out documents, beside the original, PI, NTK and YaRN; passkey."""
     arguments = {name: value for name, value in locals().items() if name != "factors"}
+    from .factors import read
     from .options import open_run, read_factors
 
+    if factors is not None:
+        read(factors)  # before the seconds that loading a model takes
     context, _ = open_run(**arguments, keep_settings=True)
     from .evaluate.stage import run_evaluation, say_evaluation
 
-    found = read_factors(context, factors)
-    name = "heldout.json" if found else "baselines.json"
-    say_evaluation(run_evaluation(context, None if found is None else found[0], name))
+    with closing(context):
+        found = read_factors(context, factors)
+        name = "heldout.json" if found else "baselines.json"
+        say_evaluation(run_evaluation(context, None if found is None else found[0], name))
 
 
 @app.command()
@@ -250,12 +260,11 @@ def bench(
 ) -> None:
     """Time our attention beside torch's SDPA with RoPE, in under a minute (`make bench` has the full set)."""
     from .bench import run_bench
+    from .models import set_threads
     from .options import integers
 
     if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+        set_threads(threads)
     run_bench(integers("--lengths", lengths), dtype=dtype)
 
 
@@ -266,13 +275,13 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     quiet_libraries()
     try:
-        app(arguments, prog_name="longrope", standalone_mode=False)
+        app(arguments or ["--help"], prog_name="longrope", standalone_mode=False)
     except KeyboardInterrupt:
         _exit("stopped; the same command goes on where it was", 130)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _exit(*explain(error))
+        _exit(*explain(error, arguments))
 
 
 def quiet_libraries() -> None:
@@ -283,7 +292,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def explain(error: BaseException) -> tuple[str, int]:
+def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, int]:
     """Return the line for an error, and the exit code."""
     if isinstance(error, PipelineError):
         return str(error), error.exit_code
@@ -292,12 +301,25 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, typer.Abort):
         return "stopped", 130
     if hasattr(error, "format_message"):  # the command line's own complaints
-        return one_line(error.format_message()), int(getattr(error, "exit_code", 2))
+        return one_line(_misread(error, arguments) or error.format_message()), int(getattr(error, "exit_code", 2))
     if isinstance(error, OSError) and error.errno:
         return str(disk_error(str(error.filename or "run"), error)), 1
     if isinstance(error, MemoryError):
         return "memory: got none left, expected room for the model and one forward at the target length", 1
     return one_line(f"unexpected {type(error).__name__}: {error} (--debug shows the traceback)"), 1
+
+
+def _misread(error: Any, arguments: Sequence[str]) -> str | None:
+    """Return the line for an option whose value has the wrong type; the library's own does not say the value."""
+    parameter = getattr(error, "param", None)
+    kind = {"integer": "an integer", "float": "a number"}.get(getattr(getattr(parameter, "type", None), "name", ""))
+    for name in getattr(parameter, "opts", ()) if kind else ():
+        for place, argument in enumerate(arguments):
+            if argument == name and place + 1 < len(arguments):
+                return f"{name}: got {arguments[place + 1]!r}, expected {kind}"
+            if argument.startswith(f"{name}="):
+                return f"{name}: got {argument.partition('=')[2]!r}, expected {kind}"
+    return None
 
 
 def _exit(line: str, code: int) -> NoReturn:

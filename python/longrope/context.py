@@ -12,6 +12,7 @@ import torch
 
 from . import data, models
 from .errors import UsageError, refuse
+from .evaluate.scoring import block_tokens
 from .progress import say, waiting
 from .run import RunDirectory
 from .search.space import PAPER_START_TOKENS
@@ -75,10 +76,15 @@ class Context:
         original = rope.original_max_position_embeddings
         if request.to <= original:
             refuse("--to", request.to, f"more than the original length {original}")
-        lengths = [("--score-from", request.score_from), *(("--screen", length) for length in request.screens)]
-        for name, value in lengths:
-            if value is not None and not original <= value <= request.to:
-                refuse(name, value, f"tokens between the original length {original} and the target {request.to}")
+        start = original if request.score_from is None else request.score_from
+        if not original <= start < request.to:
+            refuse("--score-from", start, f"a position from the original length {original} to below {request.to}")
+        for length in request.screens:
+            if not start < length < request.to:
+                refuse("--screen", length, f"lengths between {start}, where scoring begins, and {request.to}")
+        models.check_dtype(request.dtype)
+        if threads is not None:
+            models.set_threads(threads)
         dtype = models.default_dtype() if request.dtype == "auto" else request.dtype
         settings = {**request.__dict__, "dtype": dtype, "model_fingerprint": models.fingerprint(source)}
         extra = {"budget": budget or {}, "command": command, "versions": versions()}
@@ -142,7 +148,10 @@ class Context:
     @cached_property
     def score_from(self) -> int:
         """First position the search scores, rounded down to a whole block of the log."""
-        return self.request.score_from or self.original_length
+        if self.request.score_from is None:
+            return self.original_length
+        block = block_tokens(self.original_length)
+        return self.request.score_from // block * block
 
     def close(self) -> None:
         self.run.close()

@@ -13,7 +13,7 @@ from .inspection import Inspection, inspect_rope
 from .progress import clock, console, say
 from .report import write_report
 from .search.budget import Budget
-from .search.stage import WINNER_FILE, run_search
+from .search.stage import WINNER_FILE, check_budget, run_search
 
 
 def extend(context: Context, budget: Budget) -> dict[str, Any]:
@@ -21,6 +21,7 @@ def extend(context: Context, budget: Budget) -> dict[str, Any]:
     began = time.monotonic()
     _stage(1, "inspect")
     say_inspection(run_inspection(context))
+    check_budget(context, budget)
     _stage(2, "baselines on held-out documents")
     say_evaluation(run_evaluation(context, None, "baselines.json", "baselines"))
     _stage(3, "search")

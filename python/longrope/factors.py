@@ -57,7 +57,10 @@ def read(path: str | Path, base: lk.RopeScaling | None = None) -> tuple[lk.LongR
     Raises:
         UsageError: missing, half-written, of another format or another model; one line.
     """
-    fields = read_json(Path(path))
+    try:
+        fields = read_json(Path(path))
+    except UsageError as error:
+        raise UsageError(f"--factors: {error}") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT or "rope" not in fields:
         refuse("--factors", path, f"a factor file of format {FORMAT!r}")
     try:

@@ -146,7 +146,9 @@ def rope_of(config: Any, original_length: int | None = None) -> lk.LongRope:
         refuse("MODEL", f"rope_type {kind!r} with {len(rope.regimes)} sets of factors", "a model with one set")
     if rope.scalings[0].theta is None:
         refuse("MODEL", "frequencies without a theta", "a model whose configuration has a rope_theta")
-    length = original_length or rope.lengths[-1]
+    length = rope.lengths[-1] if original_length is None else original_length
+    if length < 1:
+        refuse("--original-length", length, "a number of tokens above 0")
     return lk.LongRope(length, {length: rope.scalings[-1]})
 
 
@@ -164,10 +166,9 @@ def load(name: str, dtype: str = "auto", original_length: int | None = None, thr
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    if dtype not in (*DTYPES, "auto"):
-        refuse("--dtype", dtype, f"one of auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if threads is not None:
-        torch.set_num_threads(threads)
+        set_threads(threads)
     source = find(name)
     dtype = default_dtype() if dtype == "auto" else dtype
     usual = USUAL_GGUF_SECONDS if source.gguf_file else None
@@ -187,6 +188,19 @@ def load(name: str, dtype: str = "auto", original_length: int | None = None, thr
     except (ValueError, TypeError) as error:
         raise UsageError(one_line(f"MODEL: {error}")) from error
     return loaded
+
+
+def set_threads(threads: int) -> None:
+    """Set how many threads torch and the kernels use."""
+    if threads < 1:
+        refuse("--threads", threads, "an int >= 1")
+    torch.set_num_threads(threads)
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse what is neither auto nor a dtype that weights are loaded in."""
+    if dtype not in (*DTYPES, "auto"):
+        refuse("--dtype", dtype, f"one of auto, {', '.join(DTYPES)}")
 
 
 def default_dtype() -> str:

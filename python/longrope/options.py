@@ -15,10 +15,10 @@ from . import models, presets
 from .context import Context, Request
 from .errors import refuse
 from .presets import Preset, screen_lengths
-from .run import read_json
+from .run import read_run
 from .search.budget import Budget
 from .search.space import PAPER_START_TOKENS
-from .search.stage import WINNER_FILE, attention_factors
+from .search.stage import WINNER_FILE, attention_factors, evolution_settings
 
 
 def open_run(
@@ -43,33 +43,45 @@ def open_run(
     folder = run_dir or Path("runs") / f"{Path(model).stem or model}-{to}"
     if to < 1:
         refuse("--to", to, "a target length in tokens")
-    if time_budget is not None and time_budget <= 0:
+    if time_budget is not None and not time_budget > 0:
         refuse("--time-budget", time_budget, "minutes above 0")
     if budget is not None and budget < 1:
         refuse("--budget", budget, "a number of evaluations above 0")
     given = {name: value for name, value in _parse(options).items() if value is not None}
     if "screens" not in given and chosen.screen_shares:
-        given["screens"] = _screens(model, to, given.get("original_length"), chosen)
+        lengths = _screens(model, to, given.get("original_length"), chosen)
+        given["screens"] = tuple(length for length in lengths if length > given.get("score_from", 0))
     fields = {**chosen.request, **given}
+    run: dict[str, Any] = {}
     if keep_settings and (folder / "run.json").is_file():
-        known = read_json(folder / "run.json").get("settings", {})
+        run = read_run(folder)
+        known = run["settings"]
+        if given.get("dtype") == "auto":
+            del given["dtype"]
         names = {field.name for field in dataclasses.fields(Request)}
         before = {name: _tuples(value) for name, value in known.items() if name in names}
         fields = {**before, **fields}
         fields.pop("model", None), fields.pop("to", None)
     request = Request(model=model, to=to, **fields)
+    evolution_settings(request)
     attention_factors(request.attention_factor, 2.0, 2048)
     evaluations = budget if budget is not None or time_budget is not None else chosen.budget
     minutes = time_budget if time_budget is not None or budget is not None else chosen.minutes
     spending = Budget(evaluations, None if minutes is None else minutes * 60)
     depths = chosen.passkey_depths if passkey_depths is None else numbers("--passkey-depths", passkey_depths)
+    if not all(0 <= depth <= 1 for depth in depths):
+        refuse("--passkey-depths", passkey_depths, "numbers between 0 and 1")
+    asked: dict[str, Any] = {"evaluations": evaluations, "minutes": minutes}
+    command: str | None = shlex.join(["longrope", *sys.argv[1:]])
+    if keep_settings:  # what the run was asked stays on record
+        asked, command = run.get("budget", {}), run.get("command")
     context = Context.open(
         request,
         folder,
         threads,
         depths,
-        {"evaluations": evaluations, "minutes": minutes},
-        None if keep_settings else shlex.join(["longrope", *sys.argv[1:]]),
+        asked,
+        command,
     )
     return context, spending
 
@@ -116,6 +128,8 @@ def _parse(options: dict[str, Any]) -> dict[str, Any]:
         parsed["start_tokens"] = (
             PAPER_START_TOKENS if start_tokens == "paper" else integers("--start-tokens", start_tokens)
         )
+        if not parsed["start_tokens"] or min(parsed["start_tokens"]) < 0:
+            refuse("--start-tokens", start_tokens, "one or more ints >= 0, or paper")
     screen = parsed.pop("screen", None)
     if screen is not None:
         parsed["screens"] = integers("--screen", screen)

@@ -31,7 +31,7 @@ class RunDirectory:
 
     Args:
         path: made where it does not exist.
-        settings: what was asked and decides results. A directory made with others is refused.
+        settings: what was asked and decides results. A directory with evaluations of others is refused.
         extra: recorded beside the settings, and free to change from run to run (budgets, versions).
 
     Raises:
@@ -48,7 +48,11 @@ class RunDirectory:
             raise disk_error(f"--run-dir {path}", error) from error
         self._lock = self._take_lock()
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self._check_settings()
+        try:
+            self._check_settings()
+        except PipelineError:
+            self._lock.close()
+            raise
         self.write_json("run.json", {"format": FORMAT, "settings": self.settings, **(extra or {})})
         self.evaluations = EvaluationLog(self.path / "evaluations.jsonl")
 
@@ -65,10 +69,13 @@ class RunDirectory:
         file = self.path / "run.json"
         if not file.exists():
             return
-        before = read_json(file)
-        if not isinstance(before, dict) or before.get("format") != FORMAT:
-            refuse("--run-dir", file, f"a run.json of format {FORMAT!r}")
-        known = before.get("settings", {})
+        before = read_run(self.path)
+        evaluations = self.path / "evaluations.jsonl"
+        if not evaluations.is_file() or not evaluations.stat().st_size:
+            # A run that came to nothing, for a wrong argument noticed late, claims no directory.
+            (self.path / "documents.json").unlink(missing_ok=True)
+            return
+        known = before["settings"]
         for name in sorted({*known, *self.settings}):
             if known.get(name) != self.settings.get(name):
                 asked, made = _show(self.settings.get(name)), _show(known.get(name))
@@ -167,6 +174,14 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path}: got no such file, expected a JSON file") from None
     except (OSError, ValueError) as error:
         raise UsageError(one_line(f"{path}: got a broken file ({error}), expected whole JSON")) from None
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return the content of a run directory's `run.json`, whose `settings` are those it was made with."""
+    fields = read_json(folder / "run.json")
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT or not isinstance(fields.get("settings"), dict):
+        refuse("--run-dir", folder / "run.json", f"a run.json of format {FORMAT!r}")
+    return fields
 
 
 def write_atomically(path: Path, content: bytes) -> None:

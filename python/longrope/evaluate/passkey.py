@@ -75,7 +75,7 @@ def build(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[list[in
     filler = encode(FILLER)
     room = length - sum(map(len, (head, needle, question, answer)))
     if room < 0:
-        refuse("--passkey", f"{length} tokens", f"at least {length - room}, what the task needs without filler")
+        refuse("--passkey-depths", f"{length} tokens", f"at least {length - room}, what the task needs, or none")
     text = (filler * (room // len(filler) + 1))[:room]
     at = round(depth * room)
     return [*head, *text[:at], *needle, *text[at:], *question], answer

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 import longrope_kernels as lk
 from longrope_kernels.integrations.transformers import SIDECAR
 
-from ..errors import disk_error, refuse
+from ..errors import PipelineError, disk_error, one_line, refuse
 from ..models import LoadedModel
 from ..progress import waiting
 from ..run import write_atomically
@@ -33,8 +35,9 @@ def export_checkpoint(
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / SIDECAR).is_file())):
         refuse("--out", folder, "a folder that is empty, absent, or an earlier export")
     notes = losses(rope)
-    part = folder.with_name(f".{folder.name}.part")
+    part, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     loaded.stock()
     model = loaded.model
     before = (model.config.rope_parameters, model.config.max_position_embeddings)
@@ -51,11 +54,17 @@ def export_checkpoint(
             if content is not None:
                 write_atomically(part / "longrope_factors.json", (json.dumps(content, indent=1) + "\n").encode())
             write_atomically(part / "README.md", readme(loaded, rope, notes).encode())
-            shutil.rmtree(folder, ignore_errors=True)
+            # Renamed, not deleted in place: killed in between, a half of the old export would be nobody's folder.
+            if folder.exists():
+                folder.rename(old)
             part.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise disk_error(str(folder), error) from error
+    except SafetensorError as error:  # what its writer makes of a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise PipelineError(one_line(f"{folder}: got {error}, expected to write the weights there")) from error
     finally:
         model.config.rope_parameters, model.config.max_position_embeddings = before
     return notes

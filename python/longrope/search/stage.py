@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import factors
-from ..context import Context, versions
+from ..context import Context, Request, versions
 from ..data import Window
 from ..errors import refuse
 from ..evaluate.bootstrap import paired_difference
@@ -58,16 +58,7 @@ def run_search(context: Context, budget: Budget) -> dict[str, Any]:
     request, loaded = context.request, context.loaded
     windows = context.split.search
     space = search_space(context)
-    settings = EvolutionSettings(
-        request.population,
-        request.iterations,
-        request.mutations,
-        request.crossovers,
-        request.mutation_probability,
-        request.parents,
-        request.screen_controls,
-        request.seed,
-    )
+    settings = evolution_settings(request)
     seeds = {
         name: dataclasses.replace(
             candidate,
@@ -76,10 +67,7 @@ def run_search(context: Context, budget: Budget) -> dict[str, Any]:
         )
         for name, candidate in baselines(loaded.base, context.original_length, context.extension).items()
     }
-    needed = len(seeds) * len(windows)
-    if budget.evaluations is not None and budget.evaluations < needed:
-        refuse("--budget", budget.evaluations, f"at least {needed}: {', '.join(SEED_NAMES)} on every search document")
-
+    check_budget(context, budget)
     scorer = Scorer(loaded, context.run.evaluations)
     objective = ModelObjective(context, scorer, budget, context.target_length)
     screens = []
@@ -103,6 +91,27 @@ def run_search(context: Context, budget: Budget) -> dict[str, Any]:
     context.run.write_json("search.json", result)
     say_result(outcome, result)
     return result
+
+
+def check_budget(context: Context, budget: Budget) -> None:
+    """Refuse a budget that does not reach for the seeds, without which there is nothing to search from."""
+    needed = len(SEED_NAMES) * len(context.split.search)
+    if budget.evaluations is not None and budget.evaluations < needed:
+        refuse("--budget", budget.evaluations, f"at least {needed}: {', '.join(SEED_NAMES)} on every search document")
+
+
+def evolution_settings(request: Request) -> EvolutionSettings:
+    """Take the sizes of the evolution from a request; checks them."""
+    return EvolutionSettings(
+        request.population,
+        request.iterations,
+        request.mutations,
+        request.crossovers,
+        request.mutation_probability,
+        request.parents,
+        request.screen_controls,
+        request.seed,
+    )
 
 
 def search_space(context: Context) -> Space:
