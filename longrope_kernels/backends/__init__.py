@@ -18,8 +18,9 @@ from torch import Tensor
 from ..errors import BackendUnavailableError, refuse
 
 # In the order in which they are tried for tensors of a device type; the reference runs everywhere.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference")}
-NAMES = ("reference", "cpu")
+# HIP devices are "cuda" to torch.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+NAMES = ("reference", "cpu", "triton")
 
 
 @functools.cache

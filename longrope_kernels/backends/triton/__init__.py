@@ -1,0 +1,102 @@
+"""The Triton backend: NVIDIA from Ampere on, AMD, and Triton's interpreter on CPU tensors.
+
+Kernels: rope.py (rotation), forward.py, decode.py (few rows over many keys), backward.py; configs.py picks tile sizes;
+plans.py turns a call into launches. `LONGROPE_KERNELS_DEBUG=1` prints each kernel's configuration once.
+
+In the interpreter (TRITON_INTERPRET=1 before this is imported) the backend takes CPU tensors where it is forced, in
+float32 and float16: the interpreter's bfloat16 is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+
+import torch
+from torch import Tensor
+
+from ...bundles import Geometry, Rotation
+
+NAME = "triton"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _missing() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    return None
+
+
+def unavailable_reason() -> str | None:
+    """Return what is missing, triton or a GPU, or None."""
+    if _missing():
+        return _missing()
+    from .launch import interpreting
+
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use, and TRITON_INTERPRET is not set"
+    if not torch.version.hip and torch.cuda.get_device_capability()[0] < 8:
+        return "the GPU is older than Ampere"
+    return None
+
+
+def supports(op: str, query: Tensor) -> str | None:
+    """Return None for float32, float16 and bfloat16 tensors on a GPU; in the interpreter, on the CPU."""
+    from .launch import interpreting
+
+    wanted = "cpu" if interpreting() else "cuda"
+    if query.device.type != wanted:
+        return f"tensors are on {query.device}, not on {wanted}"
+    if query.dtype not in _DTYPES:
+        return f"no {query.dtype} kernels"
+    if interpreting() and query.dtype == torch.bfloat16:
+        return "Triton's interpreter is wrong in bfloat16"
+    return None
+
+
+def apply_rope(
+    query: Tensor,
+    key: Tensor | None,
+    rotation: Rotation,
+    query_positions: Tensor,
+    key_positions: Tensor | None,
+    conjugate: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotate queries and keys; cos and sin are computed once per position for all heads."""
+    from . import plans
+    from .launch import target_of
+
+    target = target_of(query.device)
+    with _on(query.device):
+        rotated, launch = plans.rotate(query, rotation, query_positions, None, conjugate, target)
+        launch.run()
+        if key is None:
+            return rotated, None
+        rotated_key, launch = plans.rotate(key, rotation, key_positions, None, conjugate, target)
+        launch.run()
+    return rotated, rotated_key
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, rotation: Rotation, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Fused rotation and attention: out like query, and lse float32[B, Hq, Tq]."""
+    from . import plans
+    from .launch import target_of
+
+    with _on(query.device):
+        out, lse, launches = plans.attention(query, key, value, rotation, geometry, target_of(query.device))
+        for launch in launches:
+            launch.run()
+    return out, lse
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,117 @@
+"""Which tile sizes, warps and pipeline stages a kernel runs with: data, picked by pure functions of the problem.
+
+Nothing here looks at a device or a length of the key cache: a sequence's bits must not depend on its neighbours or on
+the slots around it. What may decide is the target, the head, the dtype and the number of query rows.
+
+The figures were chosen by compiling for each target: no spills, shared memory within the target's limit with two
+programs on a multiprocessor where that is possible (`make report-gpu` prints both). None was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows and keys of a tile, warps of a program, stages of its software pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Keys of a run of split-key attention, counted from a sequence's first key. 512 keys of bf16 and head_dim 128 are
+# 256 kB, a partial result of 8 rows is 4 kB, and 128k keys with 8 key heads make 2,048 programs.
+SPLIT_KEYS = 512
+# Up to this many rows (query tokens x query heads that share a key head) keys are split: one row block sees them all.
+SPLIT_ROWS = 64
+# Keys are rotated in the tile up to this many row blocks of a key head, see `rotates_in_tile`.
+IN_TILE_ROW_BLOCKS = 2
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
+
+
+def pad(dims: int) -> int:
+    """Dims of a tile: a power of two that tl.dot takes, or 0 for none."""
+    return 0 if dims == 0 else max(16, 1 << (dims - 1).bit_length())
+
+
+def width(head_dim: int, pairs: int) -> int:
+    """Dims of a row of the scratch layout, [a | b | rest], each padded."""
+    return 2 * pad(pairs) + pad(head_dim - 2 * pairs)
+
+
+def splits_keys(rows: int) -> bool:
+    """Whether the keys are split over programs: few rows cannot fill a GPU otherwise."""
+    return rows <= SPLIT_ROWS
+
+
+def rotates_in_tile(row_blocks: int) -> bool:
+    """Whether keys are rotated where they are read, or once into a scratch copy.
+
+    In the tile a key is rotated once per row block: about 35 operations a pair on the general cores, beside 2 * rows
+    multiply-adds a pair of the first product on the tensor cores. At 128 rows and a ratio of rates near 16 (dense bf16
+    to fp32 on sm_80 and sm_90) that is as long again as the product itself, and it does not overlap well, being
+    upstream of it. A scratch copy costs 4 head_dim bytes of traffic a key (1.4 us for 1,000 keys of 8 heads of 128 at
+    3 TB/s) and a launch, about 3 us, once. One or two row blocks spend no more on rotating twice than on the copy.
+    """
+    return row_blocks <= IN_TILE_ROW_BLOCKS
+
+
+def forward(target: str, head_width: int, itemsize: int) -> Config:
+    """Configuration of `forward_kernel`; `head_width` is the larger of the padded row and the padded head."""
+    if target == "interpreter":
+        return Config(64, 32, 4, 1)
+    if itemsize == 4:
+        return Config(64, 32, 4, 2) if head_width <= 128 else Config(32, 32, 4, 1)
+    if target == "gfx942":
+        return Config(128, 64, 4, 1) if head_width <= 128 else Config(64, 32, 4, 1)
+    if target == "sm_80":
+        if head_width <= 64:
+            return Config(128, 64, 4, 3)
+        return Config(128, 64, 8, 2) if head_width <= 128 else Config(64, 32, 4, 2)
+    if head_width <= 64:
+        return Config(128, 64, 4, 3)
+    if head_width <= 128:
+        return Config(128, 128, 8, 2)
+    return Config(128, 64, 8, 2) if head_width <= 256 else Config(64, 32, 4, 2)
+
+
+def decode(target: str, head_width: int, itemsize: int, rows: int) -> Config:
+    """Configuration of `decode_kernel`, and of `forward_kernel` where it splits keys."""
+    block = min(64, pad(rows))
+    if target == "interpreter":
+        return Config(block, 32, 4, 1)
+    keys = 64 if head_width * itemsize <= 256 else 32
+    return Config(block, keys, 4, 1 if target == "gfx942" else 3 if head_width * itemsize <= 512 else 2)
+
+
+def backward_query(target: str, head_width: int, itemsize: int) -> Config:
+    """Configuration of the kernel that computes d query: rows stay, keys pass."""
+    if target == "interpreter":
+        return Config(64, 32, 4, 1)
+    if itemsize == 4 or head_width > 128:
+        return Config(32, 32, 4, 1)
+    if target == "gfx942":
+        return Config(64, 32, 4, 1)
+    return Config(128, 64, 8, 2) if head_width <= 64 else Config(64, 64, 4 if target == "sm_80" else 8, 2)
+
+
+def backward_key(target: str, head_width: int, itemsize: int) -> Config:
+    """Configuration of the kernel that computes d key and d value: keys stay, rows pass."""
+    if target == "interpreter":
+        return Config(32, 64, 4, 1)
+    if itemsize == 4 or head_width > 128:
+        return Config(32, 32, 4, 1)
+    if target == "gfx942":
+        return Config(32, 64, 4, 1)
+    return Config(64, 128, 8, 2) if head_width <= 64 else Config(32 if target == "sm_80" else 64, 64, 8, 2)
+
+
+def rotate(target: str, head_width: int) -> Config:
+    """Configuration of `rotate_kernel`: `rows` are tokens; keys have no meaning."""
+    if target == "interpreter":
+        return Config(64, 0, 4, 1)
+    return Config(32 if head_width <= 128 else 16, 0, 4, 1)

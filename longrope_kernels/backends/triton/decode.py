@@ -1,0 +1,317 @@
+"""Attention of a few query rows over many keys, split over the keys; and the merge of the partial results.
+
+A program takes one run of SPLIT keys of one (sequence, key head), for all query rows that share it. Keys at
+consecutive positions share their rotation: the cos and sin of j = 0, 1, ... BLOCK_KEYS - 1 are computed once and stay
+in registers; for each block, which starts at position p0, the query is rotated by its distance to p0 and key p0 + j by
+the angle of j. No cos or sin is computed for a key, and no table is read. A run is cut at n-hat, where frequencies
+change; the block that n-hat falls in is visited from both sides, each side seeing its own keys.
+
+Keys at explicit positions have no such order: `forward_kernel` with SPLIT takes those.
+
+Bytes: each key and value once, for all rows; partial results are 4 head_dim bytes a row and run, under 2% of the keys
+for 8 rows. Operations per key and pair of dims: 6 and two roundings. Bound by memory.
+
+Runs are counted from a sequence's first key and merged in order, so a result depends neither on the batch nor on how
+many runs there are. Nothing is read on the host: a CUDA graph can hold it.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import softmax_step
+from .tiles import (
+    LN_2,
+    cos_sin,
+    load_dims,
+    load_frequency,
+    load_pairs,
+    phase_of,
+    row_offsets,
+    scores_of,
+    store_dims,
+    visible_keys,
+)
+
+
+@triton.jit
+def walk_run(
+    acc,
+    top,
+    total,
+    a,
+    b,
+    query_phase,
+    q_rest,
+    low,
+    high,
+    begin,
+    end,
+    keys,
+    values,
+    key_token_stride,
+    value_token_stride,
+    frequency,
+    factor,
+    scale_log2,
+    cap_slope,
+    cap_log2,
+    HEAD_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """Keys [begin, end) of one run, all of one frequency."""
+    HAS_ROPE: tl.constexpr = PAIRS > 0
+    HAS_REST: tl.constexpr = HEAD_DIM > 2 * PAIRS
+    j = tl.arange(0, BLOCK_KEYS)
+    key_cos = scale_log2
+    key_sin = scale_log2
+    if HAS_ROPE:
+        key_cos, key_sin = cos_sin(phase_of(j.to(tl.int64)[:, None], frequency[None, :]))
+    for first in tl.range(begin // BLOCK_KEYS * BLOCK_KEYS, end, BLOCK_KEYS):
+        index = first + j
+        inside = (index >= begin) & (index < end)
+        key_rows = keys + index.to(tl.int64) * key_token_stride
+        q_a = a
+        q_b = b
+        k_a = a
+        k_b = b
+        k_rest = q_rest
+        if HAS_ROPE:
+            k_a, k_b = load_pairs(key_rows, inside, PAIRS, PAIR_BLOCK, INTERLEAVED, True)
+            x = k_a.to(tl.float32)
+            y = k_b.to(tl.float32)
+            distance = query_phase - phase_of(tl.full((1,), first, tl.int64), frequency)[None, :]
+            c, s = cos_sin(distance)
+            # Both sides' attention factor is applied here.
+            c = c * factor
+            s = s * factor
+            q_a = (a * c - b * s).to(k_a.dtype)
+            q_b = (b * c + a * s).to(k_a.dtype)
+            k_a = (x * key_cos - y * key_sin).to(q_a.dtype)
+            k_b = (y * key_cos + x * key_sin).to(q_a.dtype)
+        if HAS_REST:
+            k_rest = load_dims(key_rows, inside, 2 * PAIRS, HEAD_DIM - 2 * PAIRS, REST_BLOCK, True)
+        scores = scores_of(q_a, q_b, q_rest, k_a, k_b, k_rest, HAS_ROPE, HAS_REST)
+        visible = inside[None, :] & (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
+        v = load_dims(values + index.to(tl.int64) * value_token_stride, inside, 0, HEAD_DIM, VALUE_BLOCK, True)
+        acc, top, total = softmax_step(scores, visible, acc, top, total, v, scale_log2, cap_slope, cap_log2, HAS_CAP)
+    return acc, top, total
+
+
+@triton.jit
+def decode_kernel(
+    query,
+    key,
+    value,
+    partial,  # fp32 [B, key heads, splits, rows, HEAD_DIM], normalised
+    partial_lse,  # fp32 [B, key heads, splits, rows], log 2
+    turns,
+    base_turns,
+    start_tokens,
+    attention_factor,
+    regime_index,
+    query_positions,
+    query_start,
+    key_start,
+    key_length,
+    query_batch_stride,
+    query_head_stride,
+    query_token_stride,
+    key_batch_stride,
+    key_head_stride,
+    key_token_stride,
+    value_batch_stride,
+    value_head_stride,
+    value_token_stride,
+    query_positions_stride,
+    key_heads,
+    group,
+    query_tokens,
+    row_blocks,
+    splits,
+    window_left,
+    window_right,
+    scale_log2,
+    cap_slope,
+    cap_log2,
+    HEAD_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_QUERY_POSITIONS: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    HAS_ROPE: tl.constexpr = PAIRS > 0
+    HAS_REST: tl.constexpr = HEAD_DIM > 2 * PAIRS
+    program = tl.program_id(0)
+    row_block = program % row_blocks
+    head = (program // row_blocks) % key_heads
+    sequence = (program // row_blocks // key_heads).to(tl.int64)
+    split = tl.program_id(1)
+
+    length = tl.load(key_length + sequence)
+    query_index = tl.load(query_start + sequence)
+    first_key = tl.load(key_start + sequence)
+    rows = query_tokens * group
+    first_row = row_block * BLOCK_ROWS
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    in_rows = row < rows
+    index = query_index + row // group
+    low, high = visible_keys(index, length, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+    begin, _ = visible_keys(query_index + first_row // group, length, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+    last_row = tl.minimum(first_row + BLOCK_ROWS, rows) - 1
+    _, end = visible_keys(query_index + last_row // group, length, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+    begin = tl.maximum(begin, split * SPLIT)
+    end = tl.minimum(end, (split + 1) * SPLIT)
+    place = (((sequence * key_heads + head) * splits + split) * rows + row).to(tl.int64)
+
+    acc = tl.zeros((BLOCK_ROWS, VALUE_BLOCK), tl.float32)
+    top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    if begin < end:
+        query_rows = query + sequence * query_batch_stride
+        query_rows += row_offsets(row, head, group, query_head_stride, query_token_stride)
+        keys = key + sequence * key_batch_stride + head.to(tl.int64) * key_head_stride + first_key * key_token_stride
+        values = value + sequence * value_batch_stride + head.to(tl.int64) * value_head_stride
+        values += first_key * value_token_stride
+        regime = tl.load(regime_index + sequence)
+        a = scale_log2
+        b = scale_log2
+        q_rest = scale_log2
+        query_phase = scale_log2
+        frequency = scale_log2
+        base_frequency = scale_log2
+        factor = scale_log2
+        border = begin
+        if HAS_ROPE:
+            frequency = load_frequency(turns, regime, PAIRS, PAIR_BLOCK)
+            base_frequency = load_frequency(base_turns, regime, PAIRS, PAIR_BLOCK)
+            start = tl.load(start_tokens + regime)
+            factor = tl.load(attention_factor + regime)
+            factor = factor * factor
+            border = tl.minimum(tl.maximum(start, begin), end).to(tl.int32)
+            at = index
+            if HAS_QUERY_POSITIONS:
+                at = tl.load(query_positions + sequence * query_positions_stride + row // group, mask=in_rows, other=0)
+            at_frequency = tl.where((at < start)[:, None], base_frequency[None, :], frequency[None, :])
+            query_phase = phase_of(at[:, None], at_frequency)
+            a, b = load_pairs(query_rows, in_rows, PAIRS, PAIR_BLOCK, INTERLEAVED, True)
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        if HAS_REST:
+            q_rest = load_dims(query_rows, in_rows, 2 * PAIRS, HEAD_DIM - 2 * PAIRS, REST_BLOCK, True)
+        for side in tl.static_range(2):
+            if side == 0:
+                from_key = begin
+                to_key = border
+                of_side = base_frequency
+            else:
+                from_key = border
+                to_key = end
+                of_side = frequency
+            # Not one `and`: the first condition is decided at compile time, the other on the device.
+            if side == 1 or HAS_ROPE:  # noqa: SIM102
+                if from_key < to_key:
+                    acc, top, total = walk_run(
+                        acc,
+                        top,
+                        total,
+                        a,
+                        b,
+                        query_phase,
+                        q_rest,
+                        low,
+                        high,
+                        from_key,
+                        to_key,
+                        keys,
+                        values,
+                        key_token_stride,
+                        value_token_stride,
+                        of_side,
+                        factor,
+                        scale_log2,
+                        cap_slope,
+                        cap_log2,
+                        HEAD_DIM,
+                        PAIRS,
+                        PAIR_BLOCK,
+                        REST_BLOCK,
+                        VALUE_BLOCK,
+                        INTERLEAVED,
+                        HAS_CAP,
+                        BLOCK_KEYS,
+                    )
+    seen = total > 0.0
+    total = tl.where(seen, total, 1.0)
+    acc = acc * (1.0 / total)[:, None]
+    store_dims(partial + place * HEAD_DIM, in_rows & seen, acc, 0, HEAD_DIM, VALUE_BLOCK)
+    tl.store(partial_lse + place, tl.where(seen, top + tl.log2(total), float("-inf")), mask=in_rows)
+
+
+@triton.jit
+def combine_kernel(
+    partial,
+    partial_lse,
+    out,
+    lse,
+    out_batch_stride,
+    out_head_stride,
+    out_token_stride,
+    key_heads,
+    group,
+    query_tokens,
+    splits,
+    HEAD_DIM: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """Merge the runs of one row, in order. A run that the row does not see has lse -inf, and its output is not read."""
+    rows = query_tokens * group
+    program = tl.program_id(0)
+    row = program % rows
+    head = (program // rows) % key_heads
+    b = (program // rows // key_heads).to(tl.int64)
+    base = (b * key_heads + head) * splits
+    dim = tl.arange(0, VALUE_BLOCK)
+    step = tl.arange(0, BLOCK_SPLITS)
+
+    tops = tl.full((BLOCK_SPLITS,), float("-inf"), tl.float32)
+    for first in tl.range(0, splits, BLOCK_SPLITS):
+        place = (base + first + step) * rows + row
+        tops = tl.maximum(tops, tl.load(partial_lse + place, mask=first + step < splits, other=float("-inf")))
+    top = tl.max(tops, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+
+    acc = tl.zeros((VALUE_BLOCK,), tl.float32)
+    total = tl.sum(tl.zeros((BLOCK_SPLITS,), tl.float32), 0)
+    for first in tl.range(0, splits, BLOCK_SPLITS):
+        place = (base + first + step) * rows + row
+        part = tl.load(partial_lse + place, mask=first + step < splits, other=float("-inf"))
+        weight = tl.exp2(part - shift)
+        mask = (part > float("-inf"))[:, None] & (dim < HEAD_DIM)[None, :]
+        values = tl.load(partial + (place * HEAD_DIM)[:, None] + dim[None, :], mask=mask, other=0.0)
+        acc += tl.sum(values * weight[:, None], 0)
+        total += tl.sum(weight, 0)
+
+    seen = total > 0.0
+    total = tl.where(seen, total, 1.0)
+    acc = acc * (1.0 / total)
+    query_head = head * group + row % group
+    target = out + b * out_batch_stride + query_head.to(tl.int64) * out_head_stride
+    target += (row // group).to(tl.int64) * out_token_stride
+    tl.store(target + dim, acc.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+    place = (b * key_heads * group + query_head) * query_tokens + row // group
+    tl.store(lse + place, tl.where(seen, (top + tl.log2(total)) * LN_2, float("-inf")))

@@ -1,0 +1,69 @@
+"""A launch as a value: the kernel, its grid, its arguments by name, its configuration.
+
+The same value is run on a device or in the interpreter, and compiled ahead of time by tests and by the report: what is
+checked without a GPU is what a call launches.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from .configs import Config
+
+
+@dataclass
+class Launch:
+    """One launch. `arguments` holds tensors, numbers and compile-time constants by parameter name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel's function."""
+        return self.kernel.__name__
+
+    def run(self) -> None:
+        """Launch on the current device."""
+        if 0 in self.grid:
+            return
+        _debug(self.name, self.config)
+        self.kernel[self.grid](**self.arguments, num_warps=self.config.warps, num_stages=self.config.stages)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET was set when they were defined."""
+    from .forward import forward_kernel
+
+    return not isinstance(forward_kernel, triton.runtime.JITFunction)
+
+
+def target_of(device: torch.device) -> str:
+    """Return which row of the configurations serves a device: one of `configs.TARGETS`."""
+    if device.type != "cuda":
+        return "interpreter"
+    return _target_of_index(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _target_of_index(index: int) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(index)
+    # Consumer GPUs of generation 12 have Ampere's shared memory and instructions, not those of sm_100.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@functools.cache
+def _debug(name: str, config: Config) -> None:
+    if os.environ.get("LONGROPE_KERNELS_DEBUG"):
+        print(f"longrope_kernels: triton {name} {config}", file=sys.stderr)

@@ -1,0 +1,216 @@
+"""From the arguments of an op to the launches that compute it. Nothing runs here, and a meta tensor will do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...bundles import Geometry, Rotation
+from . import configs
+from .configs import Config, pad, width
+from .decode import combine_kernel, decode_kernel
+from .forward import forward_kernel
+from .launch import Launch
+from .rope import rotate_kernel
+
+_LOG2_E = math.log2(math.e)
+_UNBOUNDED = 2**31 - 1
+
+
+def tables(rotation: Rotation) -> dict[str, Tensor]:
+    """Return the rotation's tables by parameter name."""
+    return {
+        name: getattr(rotation, name).contiguous()
+        for name in ("turns", "base_turns", "start_tokens", "attention_factor", "regime_index")
+    }
+
+
+def head_constants(query: Tensor, rotation: Rotation) -> dict[str, Any]:
+    """Return the compile-time constants that say how a head is cut into pieces."""
+    head_dim, pairs = query.shape[-1], rotation.turns.shape[-1]
+    return {
+        "HEAD_DIM": head_dim,
+        "PAIRS": pairs,
+        "PAIR_BLOCK": pad(pairs),
+        "REST_BLOCK": pad(head_dim - 2 * pairs),
+    }
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """Return the strides of a [B, H, T, D] operand, in elements."""
+    return dict(zip((f"{name}_batch_stride", f"{name}_head_stride", f"{name}_token_stride"), x.stride(), strict=False))
+
+
+def rotate(
+    x: Tensor,
+    rotation: Rotation,
+    positions: Tensor | None,
+    first_index: Tensor | None,
+    conjugate: bool,
+    target: str,
+    scratch: bool = False,
+) -> tuple[Tensor, Launch]:
+    """Rotate x [B, H, T, D] at int64[B, T] positions, or from int64[B] `first_index` on.
+
+    Returns:
+        The result, like x or in the scratch layout [B, H, T, width], and the launch that fills it.
+    """
+    batch, heads, tokens, head_dim = x.shape
+    pairs = rotation.turns.shape[-1]
+    row = width(head_dim, pairs)
+    out = x.new_empty((batch, heads, tokens, row if scratch else head_dim))
+    config = configs.rotate(target, row)
+    token_blocks = -(-tokens // config.rows)
+    # All heads in one program share its angles; with few tokens, heads are what there is to spread over a GPU.
+    in_program = heads if batch * token_blocks >= 256 else min(heads, 4)
+    positions = _unit_last(positions)
+    other = first_index if first_index is not None else rotation.start_tokens
+    arguments = {
+        "x": x,
+        "out": out,
+        **tables(rotation),
+        "positions": positions if positions is not None else other,
+        "first_index": other,
+        **strides("x", x),
+        **strides("out", out),
+        "positions_batch_stride": positions.stride(0) if positions is not None else 0,
+        "heads": heads,
+        "tokens": tokens,
+        "token_blocks": token_blocks,
+        "heads_in_program": in_program,
+        **head_constants(x, rotation),
+        "INTERLEAVED": rotation.interleaved,
+        "CONJUGATE": conjugate,
+        "HAS_POSITIONS": positions is not None,
+        "TO_SCRATCH": scratch,
+        "BLOCK": config.rows,
+    }
+    grid = (batch * token_blocks, -(-heads // in_program) if heads else 0)
+    return out, Launch(rotate_kernel, grid, arguments, config)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, rotation: Rotation, geometry: Geometry, target: str
+) -> tuple[Tensor, Tensor, list[Launch]]:
+    """Return out, lse and the launches that fill them."""
+    batch, query_heads, query_tokens, head_dim = query.shape
+    key_heads, key_tokens = key.shape[1], key.shape[2]
+    pairs = rotation.turns.shape[-1]
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse, []
+    group = query_heads // key_heads
+    rows = query_tokens * group
+    row_width = max(width(head_dim, pairs), pad(head_dim))
+    launches = []
+    if configs.splits_keys(rows):
+        config = configs.decode(target, row_width, query.element_size(), rows)
+        splits = max(1, -(-key_tokens // configs.SPLIT_KEYS))
+        partial = query.new_empty((batch, key_heads, splits, rows, head_dim), dtype=torch.float32)
+        partial_lse = query.new_empty((batch, key_heads, splits, rows), dtype=torch.float32)
+        arguments = _attention_arguments(query, key, value, rotation, geometry, config)
+        row_blocks = arguments["row_blocks"]
+        grid = (batch * key_heads * row_blocks, splits)
+        arguments |= {"splits": splits, "SPLIT": configs.SPLIT_KEYS}
+        if geometry.key_positions is None:
+            for name in ("key_positions", "key_positions_stride", "HAS_KEY_POSITIONS"):
+                del arguments[name]
+            arguments |= {"partial": partial, "partial_lse": partial_lse}
+            launches.append(Launch(decode_kernel, grid, arguments, config))
+        else:
+            arguments |= {"out": partial, "lse": partial_lse, **strides("out", partial), "ROTATE_KEY": True}
+            launches.append(Launch(forward_kernel, grid, arguments, config))
+        merge = {
+            "partial": partial,
+            "partial_lse": partial_lse,
+            "out": out,
+            "lse": lse,
+            **strides("out", out),
+            "key_heads": key_heads,
+            "group": group,
+            "query_tokens": query_tokens,
+            "splits": splits,
+            "HEAD_DIM": head_dim,
+            "VALUE_BLOCK": pad(head_dim),
+            "BLOCK_SPLITS": 16,
+        }
+        launches.append(Launch(combine_kernel, (batch * key_heads * rows,), merge, Config(1, 16, 4, 1)))
+        return out, lse, launches
+
+    config = configs.forward(target, row_width, query.element_size())
+    row_blocks = -(-rows // config.rows)
+    in_tile = configs.rotates_in_tile(row_blocks) or pairs == 0
+    if not in_tile:
+        _, key_start, _ = geometry.resolved(batch, query_tokens, key_tokens, query.device)
+        key, launch = rotate(key, rotation, geometry.key_positions, -key_start, False, target, scratch=True)
+        launches.append(launch)
+    arguments = _attention_arguments(query, key, value, rotation, geometry, config)
+    arguments |= {"out": out, "lse": lse, **strides("out", out), "splits": 1, "SPLIT": 0, "ROTATE_KEY": in_tile}
+    arguments["HAS_KEY_POSITIONS"] = arguments["HAS_KEY_POSITIONS"] and in_tile
+    launches.append(Launch(forward_kernel, (batch * key_heads * row_blocks,), arguments, config))
+    return out, lse, launches
+
+
+def _attention_arguments(
+    query: Tensor, key: Tensor, value: Tensor, rotation: Rotation, geometry: Geometry, config: Config
+) -> dict[str, Any]:
+    """Return what the kernels that walk keys for blocks of rows share."""
+    batch, query_heads, query_tokens, head_dim = query.shape
+    key_heads, key_tokens = key.shape[1], key.shape[2]
+    group = query_heads // key_heads
+    starts = [x.contiguous() for x in geometry.resolved(batch, query_tokens, key_tokens, query.device)]
+    query_positions, key_positions = _unit_last(geometry.query_positions), _unit_last(geometry.key_positions)
+    right = 0 if geometry.is_causal else geometry.window_right
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        **tables(rotation),
+        "query_positions": query_positions if query_positions is not None else starts[0],
+        "key_positions": key_positions if key_positions is not None else starts[0],
+        "query_start": starts[0],
+        "key_start": starts[1],
+        "key_length": starts[2],
+        **strides("query", query),
+        **strides("key", key),
+        **strides("value", value),
+        "query_positions_stride": query_positions.stride(0) if query_positions is not None else 0,
+        "key_positions_stride": key_positions.stride(0) if key_positions is not None else 0,
+        "key_heads": key_heads,
+        "group": group,
+        "query_tokens": query_tokens,
+        "row_blocks": -(-query_tokens * group // config.rows),
+        "window_left": min(max(geometry.window_left, 0), _UNBOUNDED),
+        "window_right": min(max(right, 0), _UNBOUNDED),
+        **_score_scales(geometry),
+        **head_constants(query, rotation),
+        "VALUE_BLOCK": pad(head_dim),
+        "INTERLEAVED": rotation.interleaved,
+        "HAS_QUERY_POSITIONS": query_positions is not None,
+        "HAS_KEY_POSITIONS": key_positions is not None,
+        "HAS_LEFT": geometry.window_left >= 0,
+        "HAS_RIGHT": right >= 0,
+        "HAS_CAP": geometry.softcap > 0.0,
+        "BLOCK_ROWS": config.rows,
+        "BLOCK_KEYS": config.keys,
+    }
+
+
+def _score_scales(geometry: Geometry) -> dict[str, float]:
+    """Scores in units of log 2: s * scale_log2, or with a softcap tanh(s * cap_slope) * cap_log2."""
+    cap = geometry.softcap
+    return {
+        "scale_log2": geometry.scale * _LOG2_E,
+        "cap_slope": geometry.scale / cap if cap else 0.0,
+        "cap_log2": cap * _LOG2_E,
+    }
+
+
+def _unit_last(positions: Tensor | None) -> Tensor | None:
+    if positions is not None and positions.stride(-1) != 1:
+        return positions.contiguous()
+    return positions

@@ -1,0 +1,93 @@
+"""Rotation of queries or keys: `apply_rope`, and the scratch copies that attention reads.
+
+A program takes BLOCK tokens of one sequence and computes their cos and sin once, in registers, for all heads: a
+position costs 2 to 4 integer multiply-adds and a polynomial of 9 terms for each pair, shared by the heads, and no
+table is read. Bytes: each element once in and once out. Bound by memory.
+
+The scratch layout is [a | b | rest], each padded with zeros to a power of two, whatever the layout of the pairs: rows
+are aligned, and kernels read them without masks in the head dimension.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import angles, load_dims, load_frequency, load_pairs, store_dims, store_pairs
+
+
+@triton.jit
+def rotate_kernel(
+    x,
+    out,
+    turns,
+    base_turns,
+    start_tokens,
+    attention_factor,
+    regime_index,
+    positions,  # int64[B, T], read if HAS_POSITIONS
+    first_index,  # int64[B]: the position of token 0 where none are given
+    x_batch_stride,
+    x_head_stride,
+    x_token_stride,
+    out_batch_stride,
+    out_head_stride,
+    out_token_stride,
+    positions_batch_stride,
+    heads,
+    tokens,
+    token_blocks,
+    heads_in_program,
+    HEAD_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CONJUGATE: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    TO_SCRATCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    HAS_ROPE: tl.constexpr = PAIRS > 0
+    HAS_REST: tl.constexpr = HEAD_DIM > 2 * PAIRS
+    program = tl.program_id(0)
+    block = program % token_blocks
+    b = (program // token_blocks).to(tl.int64)
+    first_head = tl.program_id(1) * heads_in_program
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = token < tokens
+    if HAS_ROPE:
+        regime = tl.load(regime_index + b)
+        if HAS_POSITIONS:
+            at = tl.load(positions + b * positions_batch_stride + token, mask=inside, other=0)
+        else:
+            at = tl.load(first_index + b) + token
+        c, s = angles(
+            at,
+            load_frequency(turns, regime, PAIRS, PAIR_BLOCK),
+            load_frequency(base_turns, regime, PAIRS, PAIR_BLOCK),
+            tl.load(start_tokens + regime),
+            tl.load(attention_factor + regime),
+        )
+        if CONJUGATE:
+            s = -s
+    x_rows = x + b * x_batch_stride + token.to(tl.int64) * x_token_stride
+    out_rows = out + b * out_batch_stride + token.to(tl.int64) * out_token_stride
+    for head in tl.range(first_head, tl.minimum(first_head + heads_in_program, heads)):
+        head_offset = tl.full((), head, tl.int64)
+        source = x_rows + head_offset * x_head_stride
+        target = out_rows + head_offset * out_head_stride
+        if HAS_ROPE:
+            a, b_ = load_pairs(source, inside, PAIRS, PAIR_BLOCK, INTERLEAVED, True)
+            a = a.to(tl.float32)
+            b_ = b_.to(tl.float32)
+            turned_a = a * c - b_ * s
+            turned_b = b_ * c + a * s
+            if TO_SCRATCH:
+                store_pairs(target, inside, turned_a, turned_b, PAIR_BLOCK, PAIR_BLOCK, False)
+            else:
+                store_pairs(target, inside, turned_a, turned_b, PAIRS, PAIR_BLOCK, INTERLEAVED)
+        if HAS_REST:
+            rest = load_dims(source, inside, 2 * PAIRS, HEAD_DIM - 2 * PAIRS, REST_BLOCK, True)
+            if TO_SCRATCH:
+                store_dims(target, inside, rest, 2 * PAIR_BLOCK, REST_BLOCK, REST_BLOCK)
+            else:
+                store_dims(target, inside, rest, 2 * PAIRS, HEAD_DIM - 2 * PAIRS, REST_BLOCK)

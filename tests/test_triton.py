@@ -1,0 +1,76 @@
+"""The Triton backend where there is no GPU: its interpreter in another process, its choices, its refusals."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import longrope_kernels as lk
+from longrope_kernels import backends
+
+pytest.importorskip("triton")
+
+from longrope_kernels.backends.triton import configs
+
+INTERPRETED = pathlib.Path(__file__).with_name("test_triton_interpreter.py")
+
+
+def interpret(marks):
+    """TRITON_INTERPRET must be set before triton is imported, which torch may have done in this process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marks, "-p", "no:cacheprovider", str(INTERPRETED)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_interpreted_kernels_conform():
+    assert " passed" in interpret("not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_interpreted_kernels_conform_thoroughly():
+    assert " passed" in interpret("slow")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_why():
+    assert "no GPU" in backends.unavailable_reason("triton")
+    q = torch.randn(1, 1, 2, 32)
+    with pytest.raises(lk.BackendUnavailableError, match="TRITON_INTERPRET"):
+        lk.attention(q, q, q, backend="triton")
+
+
+def test_is_first_for_gpu_tensors():
+    assert backends.PREFERENCE["cuda"][0] == "triton"
+
+
+@pytest.mark.parametrize(("dims", "padded"), [(0, 0), (1, 16), (16, 16), (17, 32), (40, 64), (128, 128)])
+def test_padding(dims, padded):
+    assert configs.pad(dims) == padded
+
+
+def test_configurations_depend_on_rows_not_on_keys():
+    assert configs.splits_keys(1)
+    assert configs.splits_keys(configs.SPLIT_ROWS)
+    assert not configs.splits_keys(configs.SPLIT_ROWS + 1)
+    assert configs.rotates_in_tile(1)
+    assert not configs.rotates_in_tile(64)
+
+
+@pytest.mark.parametrize("target", configs.TARGETS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("width", [32, 64, 128, 256, 512])
+def test_configurations_are_tiles_that_kernels_take(target, itemsize, width):
+    chosen = [configs.decode(target, width, itemsize, rows) for rows in (1, 17, 64)]
+    chosen += [f(target, width, itemsize) for f in (configs.forward, configs.backward_query, configs.backward_key)]
+    for config in chosen:
+        for tile in (config.rows, config.keys):
+            assert tile >= 16
+            assert tile & (tile - 1) == 0
+        assert configs.SPLIT_KEYS % config.keys == 0
+        assert config.warps in (4, 8)

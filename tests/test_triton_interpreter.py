@@ -1,0 +1,134 @@
+"""The Triton kernels on CPU tensors, in Triton's interpreter: in a process of its own, which test_triton.py starts.
+
+float32 and float16 only: the interpreter's bfloat16 loads and products are wrong.
+"""
+
+import os
+
+import pytest
+import torch
+
+import longrope_kernels as lk
+from longrope_kernels import testing
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
+
+DTYPES = [torch.float32, torch.float16]
+
+
+def both(function):
+    return function("triton"), function("reference")
+
+
+def operands(batch=2, query_heads=4, key_heads=2, queries=70, keys=100, head_dim=64):
+    torch.manual_seed(0)
+    shapes = ((query_heads, queries), (key_heads, keys), (key_heads, keys))
+    return [torch.randn(batch, heads, tokens, head_dim) for heads, tokens in shapes]
+
+
+def scaling(head_dim=64, **changes):
+    return lk.RopeScaling(
+        head_dim=head_dim, theta=1e4, rescale_factors=torch.linspace(1, 8, head_dim // 2).tolist(), **changes
+    )
+
+
+def test_conforms():
+    testing.conformance(
+        backend="triton", dtypes=DTYPES, head_dims=[32, 64], max_tokens=90, max_examples=10, gradients=False
+    )
+
+
+@pytest.mark.slow
+def test_conforms_thoroughly():
+    testing.conformance(backend="triton", dtypes=DTYPES, max_tokens=300, max_examples=80, gradients=False)
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 80, 96, 128, 256])
+@pytest.mark.parametrize("queries", [1, 40])
+def test_head_dims(head_dim, queries):
+    s = scaling(head_dim, start_tokens=7, attention_factor=1.1)
+    q, k, v = operands(1, 2, 1, queries, 70, head_dim)
+    out, exact = both(lambda backend: lk.attention(q, k, v, s, backend=backend))
+    assert (out - exact).abs().max() < 4e-6
+
+
+@pytest.mark.parametrize("queries", [1, 3, 90])
+def test_runs_of_keys_meet_exactly(queries):
+    """More keys than one run of the split, n-hat inside a block, a window over the seam."""
+    s = scaling(32, start_tokens=530)
+    q, k, v = operands(2, 2, 1, queries, 1100, 32)
+    starts = torch.tensor([0, 37])
+    for kwargs in ({}, {"window": 600}, {"softcap": 3.0, "is_causal": False}):
+        (out, lse), (exact, exact_lse) = both(
+            lambda backend, kwargs=kwargs: lk.attention(
+                q, k, v, s, key_start=starts, return_lse=True, backend=backend, **kwargs
+            )
+        )
+        assert (out - exact).abs().max() < 2e-6
+        assert (lse - exact_lse).abs().max() < 4e-6
+
+
+@pytest.mark.parametrize("queries", [1, 70])
+def test_no_rotation(queries):
+    q, k, v = operands(queries=queries)
+    out, exact = both(lambda backend: lk.attention(q, k, v, backend=backend))
+    assert (out - exact).abs().max() < 2e-6
+
+
+def test_nan_outside_the_sequence_does_not_leak():
+    q, k, v = operands()
+    for x in (k, v):
+        x[:, :, :9] = torch.nan
+        x[:, :, 90:] = torch.nan
+    bounds = {"key_start": torch.tensor([9, 9]), "key_length": torch.tensor([81, 3])}
+    for queries in (1, 70):
+        out, exact = both(
+            lambda backend, n=queries: lk.attention(q[:, :, :n], k, v, scaling(), **bounds, backend=backend)
+        )
+        assert (out - exact).abs().max() < 2e-6
+
+
+def test_offsets_past_32_bits():
+    """Token strides so far apart that a 32-bit offset, in elements, would wrap. Memory is touched at the rows alone."""
+    stride = 2**26
+    tokens = 70
+    memory = torch.empty(stride * (tokens - 1) + 32, dtype=torch.float16)
+    far = torch.as_strided(memory, (1, 1, tokens, 32), (0, 0, stride, 1))
+    near = torch.randn(1, 1, tokens, 32).half()
+    far.copy_(near)
+    q = torch.randn(1, 1, tokens, 32).half()
+    for queries in (1, tokens):
+        out, expected = (
+            lk.attention(q[:, :, :queries], k, k, scaling(32), is_causal=False, backend="triton") for k in (far, near)
+        )
+        assert torch.equal(out, expected)
+    assert torch.equal(*(lk.apply_rope(k, None, scaling(32), backend="triton")[0] for k in (far, near)))
+
+
+def test_keys_are_rotated_alike_in_the_tile_and_in_scratch(monkeypatch):
+    from longrope_kernels.backends.triton import configs
+
+    q, k, v = operands(queries=100)
+    outs = []
+    for in_tile in (True, False):
+        monkeypatch.setattr(configs, "rotates_in_tile", lambda blocks, in_tile=in_tile: in_tile)
+        outs.append(lk.attention(q, k, v, scaling(interleaved=True), backend="triton"))
+    assert torch.allclose(*outs, rtol=0, atol=1e-6)
+
+
+def test_bfloat16_is_refused():
+    q, k, v = (x.bfloat16() for x in operands())
+    with pytest.raises(lk.BackendUnavailableError, match="bfloat16"):
+        lk.attention(q, k, v, scaling(), backend="triton")
+
+
+def test_compiles_into_one_graph():
+    s = scaling()
+
+    def layer(q, k, v):
+        q, k = lk.apply_rope(q, k, s, backend="triton")
+        return lk.attention(q * 2, k, v, s, backend="triton").sin()
+
+    inputs = operands(1, 2, 1, 20, 20)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs), layer(*inputs))
