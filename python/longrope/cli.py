@@ -275,13 +275,15 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     quiet_libraries()
     try:
-        app(arguments or ["--help"], prog_name="longrope", standalone_mode=False)
+        code = app(arguments or ["--help"], prog_name="longrope", standalone_mode=False)
     except KeyboardInterrupt:
-        _exit("stopped; the same command goes on where it was", 130)
+        code = 130
     except Exception as error:
         if debug:
             traceback.print_exc()
         _exit(*explain(error, arguments))
+    if code:  # typer returns 130 for an interrupt that came while a command ran
+        _exit("stopped; the same command goes on where it was" if code == 130 else "", code)
 
 
 def quiet_libraries() -> None:
@@ -311,14 +313,14 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, i
 
 def _misread(error: Any, arguments: Sequence[str]) -> str | None:
     """Return the line for an option whose value has the wrong type; the library's own does not say the value."""
-    parameter = getattr(error, "param", None)
-    kind = {"integer": "an integer", "float": "a number"}.get(getattr(getattr(parameter, "type", None), "name", ""))
-    for name in getattr(parameter, "opts", ()) if kind else ():
-        for place, argument in enumerate(arguments):
-            if argument == name and place + 1 < len(arguments):
-                return f"{name}: got {arguments[place + 1]!r}, expected {kind}"
-            if argument.startswith(f"{name}="):
-                return f"{name}: got {argument.partition('=')[2]!r}, expected {kind}"
+    message = str(getattr(error, "message", ""))
+    kinds = {"integer": "an integer", "number": "a number", "float": "a number"}
+    kind = next((said for word, said in kinds.items() if f"valid {word}" in message), None)
+    for name in getattr(getattr(error, "param", None), "opts", ()) if kind else ():
+        for argument, value in reversed(list(zip(arguments, [*arguments[1:], ""], strict=True))):  # the last one counts
+            if argument == name or argument.startswith(f"{name}="):
+                value = value if argument == name else argument.partition("=")[2]
+                return f"{name}: got {value!r}, expected {kind}"
     return None
 
 

