@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+_given: list[str] = []  # the arguments of `main`, which need not be those of the process
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub name, a GGUF file, or smollm2.")]
 To = Annotated[int, typer.Option("--to", help="Target length, in tokens.")]
@@ -129,7 +132,7 @@ def search(
     arguments = dict(locals())
     from .options import open_run
 
-    context, spending = open_run(**arguments)
+    context, spending = open_run(**arguments, command=typed())
     from .search.stage import run_search
 
     with closing(context):
@@ -172,7 +175,7 @@ def extend(
     arguments = dict(locals())
     from .options import open_run
 
-    context, spending = open_run(**arguments)
+    context, spending = open_run(**arguments, command=typed())
     from .extend import extend as run_extend
 
     with closing(context):
@@ -273,6 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    _given[:] = arguments
     quiet_libraries()
     try:
         code = app(arguments or ["--help"], prog_name="longrope", standalone_mode=False)
@@ -284,6 +288,11 @@ def main(arguments: list[str] | None = None) -> None:
         _exit(*explain(error, arguments))
     if code:  # typer returns 130 for an interrupt that came while a command ran
         _exit("stopped; the same command goes on where it was" if code == 130 else "", code)
+
+
+def typed() -> str:
+    """Return the command line as it was given."""
+    return shlex.join(["longrope", *_given])
 
 
 def quiet_libraries() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +29,14 @@ def open_run(
     time_budget: float | None = None,
     passkey_depths: str | None = None,
     keep_settings: bool = False,
+    command: str | None = None,
     **options: Any,
 ) -> tuple[Context, Budget]:
     """Open the run that the options of a command describe.
 
     Args:
         options: fields of `Request` as the command line has them; None leaves the preset's or the default.
+        command: the line as typed, for the record.
         keep_settings: what is not said comes from the run directory where there is one.
     """
     chosen = Preset({}) if preset is None else presets.preset(preset)
@@ -51,7 +51,7 @@ def open_run(
     if "screens" not in given and chosen.screen_shares:
         lengths = _screens(model, to, given.get("original_length"), chosen)
         given["screens"] = tuple(length for length in lengths if length > given.get("score_from", 0))
-    fields = {**chosen.request, **given}
+    before: dict[str, Any] = {}
     run: dict[str, Any] = {}
     if keep_settings and (folder / "run.json").is_file():
         run = read_run(folder)
@@ -60,9 +60,7 @@ def open_run(
             del given["dtype"]
         names = {field.name for field in dataclasses.fields(Request)}
         before = {name: _tuples(value) for name, value in known.items() if name in names}
-        fields = {**before, **fields}
-        fields.pop("model", None), fields.pop("to", None)
-    request = Request(model=model, to=to, **fields)
+    request = Request(**{**before, **chosen.request, **given, "model": model, "to": to})
     evolution_settings(request)
     attention_factors(request.attention_factor, 2.0, 2048)
     evaluations = budget if budget is not None or time_budget is not None else chosen.budget
@@ -72,7 +70,6 @@ def open_run(
     if not all(0 <= depth <= 1 for depth in depths):
         refuse("--passkey-depths", passkey_depths, "numbers between 0 and 1")
     asked: dict[str, Any] = {"evaluations": evaluations, "minutes": minutes}
-    command: str | None = shlex.join(["longrope", *sys.argv[1:]])
     if keep_settings:  # what the run was asked stays on record
         asked, command = run.get("budget", {}), run.get("command")
     context = Context.open(

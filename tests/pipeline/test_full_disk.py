@@ -33,7 +33,8 @@ def test_a_full_disk_ends_the_search_with_one_line_and_it_goes_on_later(
     log = tmp_path / "run" / "evaluations.jsonl"
     assert full.code == 1
     assert full.err == (
-        f"longrope: {log}: got a full disk, expected free space; all 6 evaluations are kept, run the same command again\n"
+        f"longrope: {log}: got a full disk, expected free space; all 6 evaluations are kept, "
+        "run the same command again\n"
     )
     kept = logged(tmp_path / "run")
     assert len(kept) == 6

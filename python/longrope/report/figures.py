@@ -159,10 +159,12 @@ def screens(search: dict[str, Any]) -> Figure | None:
 
 
 def svg(figure: Figure) -> str:
-    """Return a figure as an inline SVG element, without the XML prologue and without a date."""
+    """Return a figure as an inline SVG element, without the XML prologue and metadata."""
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        figure.savefig(
+            buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), transparent=True
+        )
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
