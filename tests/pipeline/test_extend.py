@@ -81,6 +81,13 @@ def test_the_objective_is_the_mean_loss_of_the_search_documents_beyond_the_origi
     assert search["winner"]["score"] == pytest.approx(np.mean([record["nll"] for record in found]), rel=1e-12)
 
 
+def test_what_the_search_spent_is_what_the_log_says(extended: Run) -> None:
+    search = read(extended, "search.json")
+    spent = [record["seconds"] for record in lines(extended) if record["stage"] in ("search", "screen")]
+    assert search["evaluations"] == len(spent)
+    assert search["seconds"] == round(sum(spent), 1) > 0
+
+
 def test_nothing_the_search_read_is_evaluated_on(extended: Run) -> None:
     by_stage: dict[str, set[str]] = {"search": set(), "screen": set(), "heldout": set(), "heldout short": set()}
     for record in lines(extended):

@@ -100,6 +100,15 @@ def test_a_model_that_reaches_no_further_than_half_finds_it_only_near_the_end(lo
     assert [record["retrieved"] for record in records] == [False, False, True]
 
 
+def test_a_key_with_one_wrong_digit_is_not_found(log: EvaluationLog) -> None:
+    model = with_copier(10_000)
+    right = model.model.follow
+    model.model.follow = lambda read: 0 if len(read) == 599 else right(read)
+    (record,) = passkey(model, log, ROPE, 600, (0.5,))
+    assert record["guessed"][:-1] == record["expected"][:-1]
+    assert not record["retrieved"]
+
+
 def test_a_retrieval_happens_once(log: EvaluationLog) -> None:
     new: list[int] = []
     for _ in range(2):

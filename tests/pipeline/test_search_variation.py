@@ -37,6 +37,29 @@ def test_crossover_takes_pairs_from_both_parents() -> None:
     assert mixed > 20
 
 
+def test_crossover_fades_and_blends_and_goes_beyond_either_parent() -> None:
+    first, other = candidate(np.full(32, 2.0)), candidate(np.full(32, 3.0))
+    random = np.random.default_rng(10)
+    children = [np.asarray(crossover(first, other, first, FREE, random).factors) for _ in range(300)]
+    fades = [child for child in children if child[0] < 2.1 and child[-1] > 2.9 and len(set(child)) > 3]
+    flat = [child[0] for child in children if len(set(child)) == 1]
+    assert len(fades) > 10
+    assert all(np.all(np.diff(child) >= 0) for child in fades)
+    assert any(2.0 < level < 3.0 for level in flat)
+    assert min(flat) < 2.0
+    assert max(flat) > 3.0
+
+
+def test_crossover_moves_along_the_difference_of_two_others() -> None:
+    """The third parent has a bump that neither of the others has: only their difference can bring it in."""
+    bump = np.ones(32)
+    bump[5] = 1.5
+    first, other, third = (candidate(2.0 * shape) for shape in (np.ones(32), np.ones(32), bump))
+    random = np.random.default_rng(11)
+    children = {crossover(first, other, third, FREE, random).factors for _ in range(100)}
+    assert any(child[5] < 2.0 and child[4] == child[6] == 2.0 for child in children)
+
+
 def test_crossover_takes_n_hat_from_either_parent_and_from_nowhere_else() -> None:
     first, other = candidate(TARGET, 4), candidate(TARGET, 64)
     random = np.random.default_rng(2)
