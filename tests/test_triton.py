@@ -20,7 +20,7 @@ INTERPRETED = pathlib.Path(__file__).with_name("test_triton_interpreter.py")
 
 def interpret(marks):
     """TRITON_INTERPRET must be set before triton is imported, which torch may have done in this process."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marks, "-p", "no:cacheprovider", str(INTERPRETED)]
+    command = [sys.executable, "-m", "pytest", "-x", "-m", marks, "-p", "no:cacheprovider", str(INTERPRETED)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

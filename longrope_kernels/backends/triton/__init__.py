@@ -97,6 +97,48 @@ def attention(
     return out, lse
 
 
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rotation: Rotation,
+    geometry: Geometry,
+    want_inv_freq: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients recomputed from lse; no atomics, the same bits in every run. Nothing rotated is kept."""
+    from . import plans
+    from .launch import target_of
+
+    with _on(query.device):
+        gradients, partials, launches = plans.attention_backward(
+            grad_out,
+            grad_lse,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            rotation,
+            geometry,
+            want_inv_freq,
+            target_of(query.device),
+        )
+        for launch in launches:
+            launch.run()
+    d_inv_freq = torch.zeros_like(rotation.inv_freq)
+    if partials:
+        by_sequence = torch.cat(partials, dim=1).sum(1)
+        # Not index_add_, whose order on a GPU is not fixed.
+        regimes = torch.arange(d_inv_freq.shape[0], device=query.device)
+        of_regime = (rotation.regime_index.unsqueeze(0) == regimes.unsqueeze(1)).unsqueeze(-1)
+        d_inv_freq = torch.where(of_regime, by_sequence.unsqueeze(0), 0.0).sum(1)
+    return *gradients, d_inv_freq
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

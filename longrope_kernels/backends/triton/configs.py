@@ -110,6 +110,11 @@ def backward_key(target: str, head_width: int, itemsize: int) -> Config:
     return Config(64, 128, 8, 2) if head_width <= 64 else Config(32 if target == "sm_80" else 64, 64, 8, 2)
 
 
+def delta(target: str) -> Config:
+    """Configuration of `delta_kernel`: `rows` are tokens; keys have no meaning."""
+    return Config(64 if target == "interpreter" else 32, 0, 4, 1)
+
+
 def rotate(target: str, head_width: int) -> Config:
     """Configuration of `rotate_kernel`: `rows` are tokens; keys have no meaning."""
     if target == "interpreter":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...bundles import Geometry, Rotation
 from . import configs
+from .backward import backward_key_kernel, backward_query_kernel, delta_kernel
 from .configs import Config, pad, width
 from .decode import combine_kernel, decode_kernel
 from .forward import forward_kernel
@@ -153,6 +154,102 @@ def attention(
     arguments["HAS_KEY_POSITIONS"] = arguments["HAS_KEY_POSITIONS"] and in_tile
     launches.append(Launch(forward_kernel, (batch * key_heads * row_blocks,), arguments, config))
     return out, lse, launches
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rotation: Rotation,
+    geometry: Geometry,
+    want_inv_freq: bool,
+    target: str,
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor], list[Launch]]:
+    """Return (dq, dk, dv), partial sums of d inv_freq (fp64 [B, n, P], empty unless wanted), and the launches."""
+    batch, query_heads, query_tokens, head_dim = query.shape
+    key_heads, key_tokens = key.shape[1], key.shape[2]
+    pairs = rotation.turns.shape[-1]
+    grad_query = query.new_empty(query.shape)
+    # Slots outside every sequence belong to no program.
+    padded = geometry.key_start is not None or geometry.key_length is not None
+    new = torch.zeros if padded or grad_query.numel() == 0 else torch.empty
+    grad_key, grad_value = (new(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
+    gradients = (grad_query, grad_key, grad_value)
+    if grad_query.numel() == 0 or key.numel() == 0:
+        return (grad_query.zero_(), grad_key, grad_value), [], []
+
+    row_width = max(width(head_dim, pairs), pad(head_dim))
+    grad_out = grad_out if grad_out.stride(-1) == 1 or head_dim == 1 else grad_out.contiguous()
+    delta = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    config = configs.delta(target)
+    token_blocks = -(-query_tokens // config.rows)
+    arguments: dict[str, Any] = {
+        "out": out,
+        "grad_out": grad_out,
+        "lse": lse.contiguous(),
+        "grad_lse": delta if grad_lse is None else grad_lse.float().contiguous(),
+        "delta": delta,
+        **strides("out", out),
+        **strides("grad_out", grad_out),
+        "query_heads": query_heads,
+        "query_tokens": query_tokens,
+        "token_blocks": token_blocks,
+        "HEAD_DIM": head_dim,
+        "VALUE_BLOCK": pad(head_dim),
+        "HAS_GRAD_LSE": grad_lse is not None,
+        "BLOCK_ROWS": config.rows,
+    }
+    launches = [Launch(delta_kernel, (batch * query_heads * token_blocks,), arguments, config)]
+
+    rotated_query, rotated_key = query, key
+    if pairs:
+        query_start, key_start, _ = geometry.resolved(batch, query_tokens, key_tokens, query.device)
+        for x, positions, first in (
+            (query, geometry.query_positions, query_start),
+            (key, geometry.key_positions, -key_start),
+        ):
+            rotated, launch = rotate(x, rotation, positions, first, False, target, scratch=True)
+            launches.append(launch)
+            rotated_query, rotated_key = (rotated, rotated_key) if x is query else (rotated_query, rotated)
+    elif pad(head_dim) != head_dim:
+        # Kernels read padded rows without a mask.
+        fill = (0, pad(head_dim) - head_dim)
+        rotated_query, rotated_key = (torch.nn.functional.pad(x, fill) for x in (query, key))
+
+    shared: dict[str, Any] = {"grad_out": grad_out, "lse": lse.contiguous(), "delta": delta, **strides("grad_out", grad_out)}
+    shared |= {"scale": geometry.scale, "WANT_TURNS": want_inv_freq and pairs > 0}
+    partials: list[Tensor] = []
+
+    def sums(blocks: int) -> Tensor:
+        """Partial sums of one kernel, or a stand-in of the same type."""
+        if not shared["WANT_TURNS"]:
+            return rotation.inv_freq
+        partials.append(query.new_empty((batch, key_heads * blocks, pairs), dtype=torch.float64))
+        return partials[-1]
+
+    config = configs.backward_query(target, row_width, query.element_size())
+    arguments = _attention_arguments(rotated_query, rotated_key, value, rotation, geometry, config)
+    row_blocks = arguments["row_blocks"]
+    arguments |= shared | head_constants(query, rotation) | {"VALUE_BLOCK": pad(head_dim)}
+    arguments |= {"grad_query": grad_query, **strides("grad_query", grad_query), "grad_turns": sums(row_blocks)}
+    for name in ("key_positions", "key_positions_stride", "HAS_KEY_POSITIONS"):
+        del arguments[name]
+    launches.append(Launch(backward_query_kernel, (batch * key_heads * row_blocks,), arguments, config))
+
+    config = configs.backward_key(target, row_width, query.element_size())
+    key_blocks = -(-key_tokens // config.keys)
+    arguments = _attention_arguments(rotated_query, rotated_key, value, rotation, geometry, config)
+    arguments |= shared | head_constants(query, rotation) | {"VALUE_BLOCK": pad(head_dim)}
+    arguments |= {"grad_key": grad_key, "grad_value": grad_value, "key_blocks": key_blocks}
+    arguments |= {**strides("grad_key", grad_key), **strides("grad_value", grad_value), "grad_turns": sums(key_blocks)}
+    for name in ("query_positions", "query_positions_stride", "HAS_QUERY_POSITIONS", "row_blocks"):
+        del arguments[name]
+    launches.append(Launch(backward_key_kernel, (batch * key_heads * key_blocks,), arguments, config))
+    return gradients, partials, launches
 
 
 def _attention_arguments(
