@@ -43,19 +43,40 @@ struct RopeParams {
     int32_t threads;
 };
 
+// Keys that share one scale per channel in a quantised cache, by index in the sequence.
+constexpr int kKeyGroup = 64;
+
+// A cache in pages: key `index` of sequence b lies in page block_table[b][index / page_tokens], and the page takes the
+// batch's place in the strides of key and value.
+struct Pages {
+    const int32_t* block_table;  // [batch, pages_per_sequence] contiguous; null: no pages
+    int64_t pages_per_sequence, page_tokens;
+    // An int8 cache; null: keys and values are in the dtype of the query. Whole groups of keys are quantised, those of
+    // the last one wait in key_tail until it is whole.
+    const float* key_scale;    // [pages, key_heads, page_tokens / kKeyGroup, head_dim] contiguous
+    const float* value_scale;  // [pages, key_heads, page_tokens] contiguous
+    Operand key_tail;          // [batch, key_heads, kKeyGroup, head_dim]
+};
+
 struct AttentionParams {
     Operand query;  // [batch, query_heads, query_tokens, head_dim]
-    Operand key;    // [batch, key_heads, key_tokens, head_dim]
+    Operand key;    // [batch, key_heads, key_tokens, head_dim], or pages instead of the batch
     Operand value;  // like key
     Operand out;    // like query
-    float* lse;     // [batch, query_heads, query_tokens], contiguous, natural log
+    float* lse;     // [batch, query_heads, query_tokens], natural log
+    int64_t lse_batch_stride, lse_head_stride;  // in elements
     Rotation rotation;
-    const int64_t* query_positions;  // [batch, query_tokens] contiguous, or null: the index
-    const int64_t* key_positions;    // [batch, key_tokens] contiguous, or null: the index
-    const int64_t* query_start;      // [batch], index of query row 0
-    const int64_t* key_start;        // [batch], first key slot
-    const int64_t* key_length;       // [batch], keys
-    int64_t batch, query_heads, key_heads, query_tokens, key_tokens, head_dim;
+    Pages pages;
+    // Positions of query row and key slot; null: the index. Batch strides in elements.
+    const int64_t *query_positions, *key_positions;
+    int64_t query_positions_batch_stride, key_positions_batch_stride;
+    const int64_t* query_start;  // [batch], index of the first query
+    const int64_t* query_slot;   // [batch], row of the first query; null: 0
+    const int64_t* query_count;  // [batch], queries; null: query_tokens
+    const int64_t* key_start;    // [batch], first key slot
+    const int64_t* key_length;   // [batch], keys
+    int64_t batch, query_heads, key_heads, head_dim;
+    int64_t query_tokens;  // of the longest sequence
     int64_t window_left;   // keys before the query, -1: unbounded
     int64_t window_right;  // keys after the query, -1: unbounded; causal is 0
     float scale;           // of the scores
@@ -64,10 +85,21 @@ struct AttentionParams {
     int32_t threads;
 };
 
+// What appending to a cache writes: `count[b]` tokens from row 0 of key and value to indices from `length[b]` on.
+struct AppendParams {
+    Operand key, value;              // [batch, key_heads, tokens, head_dim], read
+    Operand key_pages, value_pages;  // [pages, key_heads, page_tokens, head_dim], written
+    Pages pages;                     // scales and tail are written too
+    const int64_t *length, *count;   // [batch]
+    int64_t batch, key_heads, head_dim;
+    Dtype dtype;
+    int32_t threads;
+};
+
 struct AttentionBackwardParams {
     AttentionParams forward;  // out and lse as the forward pass left them
     Operand grad_out;         // like out
-    const float* grad_lse;    // like lse, contiguous
+    const float* grad_lse;    // like lse, of its strides
     Operand grad_query;       // like query
     Operand grad_key;         // like key
     Operand grad_value;       // like value

@@ -23,6 +23,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "rows.h"
 #include "tile.h"
 
 namespace longrope {
@@ -119,52 +120,44 @@ struct HeadTask {
           low(query.blocks * kRows),
           high(query.blocks * kRows) {}
 
-    int64_t query_position(int64_t b, int64_t i) const {
-        return f.query_positions ? f.query_positions[b * f.query_tokens + i] : f.query_start[b] + i;
-    }
-    int64_t key_position(int64_t b, int64_t index) const {
-        return f.key_positions ? f.key_positions[b * f.key_tokens + f.key_start[b] + index] : index;
-    }
-
     void rotate(int64_t b, int64_t position, const T* from, T* to) {
         rotation_row(f.rotation, b, position, angles.get(), angles.get() + f.rotation.pairs);
         rotate_row(from, f.head_dim, f.rotation.pairs, f.rotation.interleaved, angles.get(),
                    angles.get() + f.rotation.pairs, to);
     }
 
-    void pack_queries(int64_t b, int64_t head) {
+    void pack_queries(int64_t b, int64_t head, int64_t blocks) {
         const int64_t d = f.head_dim;
-        for (int64_t block = 0; block < query.blocks; ++block) {
+        const int64_t tokens = query_count(f, b);
+        for (int64_t block = 0; block < blocks; ++block) {
             for (int r = 0; r < kRows; ++r) {
                 const int64_t i = block * kRows + r;
                 low[i] = high[i] = 0;
                 lse2[i] = kInfinity;
                 delta[i] = 0.0f;
-                if (i >= f.query_tokens) {
+                if (i >= tokens) {
                     std::memset(static_cast<void*>(rows.get() + r * d), 0, sizeof(T) * d);
                     continue;
                 }
-                rotate(b, query_position(b, i), row_of<T>(f.query, b, head, i), rows.get() + r * d);
-                const int64_t index = f.query_start[b] + i, length = f.key_length[b];
-                if (f.window_left >= 0) low[i] = std::max<int64_t>(0, index - f.window_left);
-                high[i] = f.window_right >= 0 ? std::min(length, index + f.window_right + 1) : length;
-                high[i] = std::max(high[i], low[i]);
-                const int64_t at = (b * f.query_heads + head) * f.query_tokens + i;
+                rotate(b, query_position(f, b, i), row_of<T>(f.query, b, head, query_row(f, b, i)), rows.get() + r * d);
+                visible_keys(f, b, i, &low[i], &high[i]);
+                const int64_t at = lse_index(f, b, head, i);
                 if (f.lse[at] != -kInfinity) lse2[i] = f.lse[at] * kLog2E;
             }
             query.pack(block, rows.get(), d);
             for (int r = 0; r < kRows; ++r) {
                 const int64_t i = block * kRows + r;
                 T* to = rows.get() + r * d;
-                if (i >= f.query_tokens || high[i] <= low[i]) {
+                if (i >= tokens || high[i] <= low[i]) {
                     std::memset(static_cast<void*>(to), 0, sizeof(T) * d);
                     continue;
                 }
-                const T* out = row_of<T>(f.out, b, head, i);
-                std::memcpy(static_cast<void*>(to), row_of<T>(p.grad_out, b, head, i), sizeof(T) * d);
+                const int64_t row = query_row(f, b, i);
+                const T* out = row_of<T>(f.out, b, head, row);
+                std::memcpy(static_cast<void*>(to), row_of<T>(p.grad_out, b, head, row), sizeof(T) * d);
                 float sum = 0.0f;
                 for (int64_t c = 0; c < d; ++c) sum += widen(to[c]) * widen(out[c]);
-                delta[i] = sum - p.grad_lse[(b * f.query_heads + head) * f.query_tokens + i];
+                delta[i] = sum - p.grad_lse[lse_index(f, b, head, i)];
             }
             grad.pack(block, rows.get(), d);
         }
@@ -173,7 +166,7 @@ struct HeadTask {
     void pack_keys(int64_t b, int64_t key_head, int64_t first, int count) {
         const int64_t d = f.head_dim, slot = f.key_start[b] + first;
         for (int k = 0; k < count; ++k)
-            rotate(b, key_position(b, first + k), row_of<T>(f.key, b, key_head, slot + k), rows.get() + k * d);
+            rotate(b, key_position(f, b, first + k), row_of<T>(f.key, b, key_head, slot + k), rows.get() + k * d);
         std::memset(static_cast<void*>(rows.get() + count * d), 0, sizeof(T) * (kKeys - count) * d);
         packed.pack_keys(rows.get(), d, keys.get());
         packed.pack_values(rows.get(), d, count, d, keys_as_values.get());
@@ -292,8 +285,9 @@ struct HeadTask {
 
     void run(int64_t b, int64_t head, const KeyGradients& gradients, double* inv_freq) {
         const int64_t group = f.query_heads / f.key_heads, d = f.head_dim, columns = packed.panels.columns();
-        pack_queries(b, head);
-        std::memset(grad_query.get(), 0, sizeof(float) * query.blocks * kRows * columns);
+        const int64_t tokens = query_count(f, b), blocks = (tokens + kRows - 1) / kRows;
+        pack_queries(b, head, blocks);
+        std::memset(grad_query.get(), 0, sizeof(float) * blocks * kRows * columns);
         for (int64_t key_block = 0; key_block * kKeys < f.key_length[b]; ++key_block) {
             const int64_t first = key_block * kKeys;
             float* key_gradient = gradients.key + key_block * gradients.block_elements;
@@ -301,12 +295,14 @@ struct HeadTask {
             std::memset(key_gradient, 0, sizeof(float) * gradients.block_elements);
             std::memset(value_gradient, 0, sizeof(float) * gradients.block_elements);
             pack_keys(b, head / group, first, static_cast<int>(std::min<int64_t>(kKeys, f.key_length[b] - first)));
-            for (int64_t row_block = 0; row_block < query.blocks; ++row_block)
+            for (int64_t row_block = 0; row_block < blocks; ++row_block)
                 block(row_block, first, key_gradient, value_gradient);
         }
-        for (int64_t i = 0; i < f.query_tokens; ++i)
-            finish_row(b, query_position(b, i), row_of<T>(f.query, b, head, i), grad_query.get() + i * columns,
-                       const_cast<T*>(row_of<T>(p.grad_query, b, head, i)), inv_freq, d);
+        for (int64_t i = 0; i < tokens; ++i) {
+            const int64_t row = query_row(f, b, i);
+            finish_row(b, query_position(f, b, i), row_of<T>(f.query, b, head, row), grad_query.get() + i * columns,
+                       const_cast<T*>(row_of<T>(p.grad_query, b, head, row)), inv_freq, d);
+        }
     }
 
     // Adds a row's part of the frequencies' gradient, rotates the row's gradient back and rounds it.
@@ -354,7 +350,7 @@ struct HeadTask {
                     T* to = const_cast<T*>(row_of<T>(p.grad_value, b, key_head, slot));
                     for (int64_t c = 0; c < d; ++c) narrow(gradient[c], to + c);
                 } else {
-                    finish_row(b, key_position(b, first + k), row_of<T>(f.key, b, key_head, slot), gradient.data(),
+                    finish_row(b, key_position(f, b, first + k), row_of<T>(f.key, b, key_head, slot), gradient.data(),
                                const_cast<T*>(row_of<T>(p.grad_key, b, key_head, slot)), inv_freq, d);
                 }
             }

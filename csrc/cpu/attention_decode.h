@@ -1,13 +1,16 @@
 // Attention of a few query rows over many keys, for one instruction set: decoding, speculative decoding, short chunks.
 //
 // One pass over the cache and no packing. Keys are split by index into runs of 2048, a task each, so that the bits do
-// not depend on how many threads there are; the runs' partial outputs are merged in order. Within a run, keys at
-// consecutive positions p0 + j (64 of them) share their rotation: the query is rotated by its distance to p0, and key j
-// by the angle of j alone, from a table that all runs share. No sine or cosine is computed for a key. Runs split at
-// n-hat, where the frequencies change.
+// not depend on how many threads there are; the runs' partial outputs are merged in order. Within a run, 32 keys at
+// consecutive positions p0 + j share their rotation: the query is rotated by its distance to p0, and key j by the angle
+// of j alone, from a table of 32 angles that all runs share and that stays in L1. No sine or cosine is computed for a
+// key. Blocks split at n-hat, where the frequencies change, and where a quantised cache's full-precision tail begins.
 //
-// Bytes: each key and value is read once for all query heads that share it. Operations: for a pair of key and query
-// row, about 4 head_dim, and 6 for the rotation of each pair of dims of a key. Bound by memory for up to about 8 rows.
+// Bytes: each key and value is read once for all query heads that share it; the values of a block are asked for while
+// its keys are multiplied, the keys of the next while its values are. Operations, in vectors of 16 and for head_dim 128
+// and 4 query rows in bf16: a key takes 16 to widen, 16 to rotate, 4 to round and 16 products; a value 16 to pair with
+// its neighbour and 16 products; the transposition of the sums 12. That is 96 for 512 bytes: bound by memory up to
+// about 8 rows.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +20,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "rows.h"
 #include "tile.h"
 
 namespace longrope {
@@ -24,8 +28,11 @@ namespace {
 
 constexpr int kDecodeRows = 16;       // query rows of a key head at most
 constexpr int kDecodeGroup = 8;       // rows whose sums are in registers at once
-constexpr int kDecodeKeys = 64;       // keys that share a query rotation
+constexpr int kDecodeKeys = 32;       // keys that share a query rotation
 constexpr int64_t kDecodeRun = 2048;  // keys of a task
+constexpr int kCacheLine = 64;
+
+static_assert(kKeyGroup % kDecodeKeys == 0 && kDecodeRun % kKeyGroup == 0);
 
 // Lane k of the result is the sum of the lanes of v[k].
 inline vf sums_of(const vf* v) {
@@ -43,74 +50,143 @@ inline vf sums_of(const vf* v) {
     return level[0];
 }
 
-template <class T>
+inline void prefetch_row(const void* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + at);
+}
+
+// The largest row count up to `rows` that has code of its own.
+inline int decode_group(int rows) {
+    return rows >= 8 ? 8 : rows >= 6 ? 6 : std::min(rows, 4);
+}
+
+// How two vectors of rotated dims, the first and the second of their pairs, meet those of a query.
+struct DecodeFp32 {
+    static constexpr int kVectors = 2;  // of query words for two vectors of dims
+    static void put(vf first, vf second, float* to) {
+        store(to, first);
+        store(to + kLanes, second);
+    }
+    template <int R>
+    static void products(vf first, vf second, const float* query, int64_t stride, vf* sums) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            sums[r] = load<vf>(query + r * stride) * first + sums[r];
+            sums[r] = load<vf>(query + r * stride + kLanes) * second + sums[r];
+        }
+    }
+};
+
+#if defined(__AVX512BF16__)
+struct DecodeBf16 {
+    static constexpr int kVectors = 1;
+    static void put(vf first, vf second, float* to) {
+        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    }
+    template <int R>
+    static void products(vf first, vf second, const float* query, int64_t stride, vf* sums) {
+        const __m512bh key = _mm512_cvtne2ps_pbh(second, first);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+            sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)_mm512_loadu_si512(query + r * stride), key);
+    }
+};
+#endif
+
+// T: dtype of queries, of the output, and of keys and values unless the cache is quantised.
+template <class T, class Dot>
 class Decoder {
   public:
-    explicit Decoder(const AttentionParams& params)
+    // Attends for `sequences`, each of at most kDecodeRows rows a key head.
+    Decoder(const AttentionParams& params, const std::vector<int64_t>& sequences)
         : p(params),
+          sequences(sequences),
           pairs(p.rotation.pairs),
           half(pad(pairs)),
           rest(pad(p.head_dim - 2 * pairs)),
           width(2 * half + rest),
           columns(pad(p.head_dim)),
           group(p.query_heads / p.key_heads),
-          rows(static_cast<int>(group * p.query_tokens)),
-          regimes(1) {
-        for (int64_t b = 0; b < p.batch; ++b) {
+          words((2 * half + (rest + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes)) / 2 * Dot::kVectors),
+          in_place(!p.rotation.interleaved && pairs % kLanes == 0 && (p.head_dim - 2 * pairs) % kLanes == 0) {
+        for (int64_t b : sequences) {
             runs_of_sequence = std::max(runs_of_sequence, (p.key_length[b] + kDecodeRun - 1) / kDecodeRun);
+            most_rows = std::max(most_rows, static_cast<int>(group * query_count(p, b)));
             regimes = std::max<int64_t>(regimes, p.rotation.regime_index[b] + 1);
         }
         fill_tables();
     }
 
     void run() {
-        const int64_t pairs_of_heads = p.batch * p.key_heads;
-        const Buffer<float> partial = allocate<float>(pairs_of_heads * runs_of_sequence * rows * (columns + 2));
+        const int64_t heads = static_cast<int64_t>(sequences.size()) * p.key_heads;
+        const int64_t run_elements = most_rows * (columns + 2);
+        const Buffer<float> partial = allocate<float>(heads * runs_of_sequence * run_elements);
         std::atomic<int64_t> next{0};
-        const int64_t tasks = pairs_of_heads * runs_of_sequence;
-        const auto at = [&](int64_t pair, int64_t run) {
-            return partial.get() + (pair * runs_of_sequence + run) * rows * (columns + 2);
-        };
+        const int64_t tasks = heads * runs_of_sequence;
         run_workers(static_cast<int>(std::min<int64_t>(p.threads, tasks)), [&](int) {
             Workspace w(*this);
             for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
                 const int64_t pair = task / runs_of_sequence, run = task % runs_of_sequence;
-                attend_run(w, pair / p.key_heads, pair % p.key_heads, run, at(pair, run));
+                w.begin(p, sequences[pair / p.key_heads], pair % p.key_heads, group);
+                attend_run(w, run, partial.get() + task * run_elements);
             }
         });
-        for (int64_t pair = 0; pair < pairs_of_heads; ++pair)
-            merge(pair / p.key_heads, pair % p.key_heads, at(pair, 0));
+        for (int64_t pair = 0; pair < heads; ++pair)
+            merge(sequences[pair / p.key_heads], pair % p.key_heads,
+                  partial.get() + pair * runs_of_sequence * run_elements, run_elements);
     }
 
   private:
     const AttentionParams& p;
+    const std::vector<int64_t>& sequences;
     int64_t pairs, half, rest, width, columns, group;
-    int rows;
-    int64_t regimes, runs_of_sequence = 1;
+    int64_t words;  // 32-bit words of a query row as the products want it
+    bool in_place;  // rows are read where they lie; else they are spread into a buffer first
+    int most_rows = 0;
+    int64_t regimes = 1, runs_of_sequence = 1;
     std::vector<float> tables;  // [regime][scaled or base][key][cos of half, sin of half]
 
     static int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
     int64_t table_elements() const { return int64_t{kDecodeKeys} * 2 * half; }
 
     struct Workspace {
-        Buffer<float> query;   // [rows][width]: first halves of the pairs, second halves, the rest; rotated for a run
-        Buffer<float> key;     // [width]
-        Buffer<float> scores;  // [rows][kDecodeKeys]
-        Buffer<float> sums;    // [kDecodeGroup][kLanes vectors]
+        Buffer<float> unrotated;  // [rows][width]: first halves of the pairs, second halves, the rest
+        Buffer<float> query;      // [rows][words], rotated for a block
+        Buffer<float> angles;     // [2][half]
+        Buffer<float> row;        // [width], a key spread out; [columns], its scales
+        Buffer<float> scores;     // [rows][kDecodeKeys], then probabilities in fp32 or bf16
+        Buffer<float> sums;       // [kDecodeGroup][kLanes vectors]
+        int64_t b, head, low[kDecodeRows], high[kDecodeRows];
+        int rows;
+        const void *keys[kDecodeKeys], *values[kDecodeKeys];
+        float value_scales[kDecodeKeys];
+
         explicit Workspace(const Decoder& d)
-            : query(allocate<float>(d.rows * d.width)),
-              key(allocate<float>(d.width)),
-              scores(allocate<float>(d.rows * kDecodeKeys)),
-              sums(allocate<float>(kDecodeGroup * kLanes * kLanes)) {
-            std::memset(query.get(), 0, sizeof(float) * d.rows * d.width);
-            std::memset(key.get(), 0, sizeof(float) * d.width);
+            : unrotated(zeros(kDecodeRows * d.width)),
+              query(zeros(kDecodeRows * d.words)),
+              angles(zeros(2 * d.half)),
+              row(zeros(2 * d.width + 2 * kLanes)),
+              scores(zeros(kDecodeRows * kDecodeKeys)),
+              sums(zeros(kDecodeGroup * kLanes * kLanes)) {}
+
+        static Buffer<float> zeros(int64_t count) {
+            Buffer<float> buffer = allocate<float>(count);
+            std::memset(buffer.get(), 0, sizeof(float) * count);
+            return buffer;
+        }
+
+        void begin(const AttentionParams& p, int64_t sequence, int64_t key_head, int64_t group) {
+            b = sequence;
+            head = key_head;
+            rows = static_cast<int>(group * query_count(p, b));
+            for (int r = 0; r < rows; ++r) visible_keys(p, b, r / group, &low[r], &high[r]);
         }
     };
 
     void fill_tables() {
         tables.assign(regimes * 2 * table_elements(), 0.0f);
         for (int64_t regime = 0; regime < regimes; ++regime)
-            for (int base = 0; base < 2; ++base) {
+            for (const bool base : {false, true}) {
+                if (base && p.rotation.start_tokens[regime] == 0) continue;
                 const int64_t* turns = (base ? p.rotation.base_turns : p.rotation.turns) + regime * pairs;
                 float* to = tables.data() + (2 * regime + base) * table_elements();
                 const float factor = p.rotation.attention_factor[regime];
@@ -124,7 +200,8 @@ class Decoder {
     }
 
     // Dims of a row as fp32: the first of each pair, the second, and what does not rotate.
-    void spread(const T* row, float* to) const {
+    template <class S>
+    void spread(const S* row, float* to) const {
         if (p.rotation.interleaved) {
             for (int64_t i = 0; i < pairs; ++i) to[i] = widen(row[2 * i]);
             for (int64_t i = 0; i < pairs; ++i) to[half + i] = widen(row[2 * i + 1]);
@@ -135,60 +212,84 @@ class Decoder {
         for (int64_t i = 2 * pairs; i < p.head_dim; ++i) to[2 * half + i - 2 * pairs] = widen(row[i]);
     }
 
-    // Rotates every query row by its own angle less that of key position `origin`.
-    void rotate_queries(Workspace& w, int64_t b, int64_t head, int64_t origin, bool base_key) const {
-        const int64_t regime = p.rotation.regime_index[b];
+    void spread_queries(Workspace& w) const {
+        for (int r = 0; r < w.rows; ++r)
+            spread(row_of<T>(p.query, w.b, w.head * group + r % group, query_row(p, w.b, r / group)),
+                   w.unrotated.get() + r * width);
+    }
+
+    // Rotates every query row by its own angle less that of key position `origin`, and lays it out for the products.
+    void rotate_queries(Workspace& w, int64_t origin, bool base_key) const {
+        const int64_t regime = p.rotation.regime_index[w.b];
         const int64_t* scaled = p.rotation.turns + regime * pairs;
         const int64_t* base = p.rotation.base_turns + regime * pairs;
         const int64_t* key_turns = base_key ? base : scaled;
         const float factor = p.rotation.attention_factor[regime];
-        for (int r = 0; r < rows; ++r) {
-            const int64_t i = r / group;
-            const int64_t position =
-                p.query_positions ? p.query_positions[b * p.query_tokens + i] : p.query_start[b] + i;
-            const int64_t* turns = position < p.rotation.start_tokens[regime] ? base : scaled;
-            float* row = w.query.get() + r * width;
-            spread(row_of<T>(p.query, b, head * group + r % group, i), row);
-            for (int64_t pair = 0; pair < pairs; ++pair) {
-                const uint64_t angle = static_cast<uint64_t>(position) * static_cast<uint64_t>(turns[pair]) -
-                                       static_cast<uint64_t>(origin) * static_cast<uint64_t>(key_turns[pair]);
-                const CosSin value = cos_sin(static_cast<int32_t>(angle >> 32));
-                const float x = row[pair], y = row[half + pair];
-                row[pair] = (x * value.cos - y * value.sin) * factor;
-                row[half + pair] = (y * value.cos + x * value.sin) * factor;
+        float *cosines = w.angles.get(), *sines = cosines + half;
+        for (int r = 0; r < w.rows; ++r) {
+            if (r % group == 0) {
+                const int64_t position = query_position(p, w.b, r / group);
+                const int64_t* turns = position < p.rotation.start_tokens[regime] ? base : scaled;
+                for (int64_t i = 0; i < pairs; ++i) {
+                    const uint64_t angle = static_cast<uint64_t>(position) * static_cast<uint64_t>(turns[i]) -
+                                           static_cast<uint64_t>(origin) * static_cast<uint64_t>(key_turns[i]);
+                    const CosSin value = cos_sin(static_cast<int32_t>(angle >> 32));
+                    cosines[i] = value.cos * factor;
+                    sines[i] = value.sin * factor;
+                }
             }
+            const float* from = w.unrotated.get() + r * width;
+            float* to = w.query.get() + r * words;
+            for (int64_t i = 0; i < half; i += kLanes, to += Dot::kVectors * kLanes) {
+                const vf x = load<vf>(from + i), y = load<vf>(from + half + i);
+                const vf c = load<vf>(cosines + i), s = load<vf>(sines + i);
+                Dot::put(x * c - y * s, y * c + x * s, to);
+            }
+            for (int64_t i = 2 * half; i < width; i += 2 * kLanes, to += Dot::kVectors * kLanes)
+                Dot::put(load<vf>(from + i), i + kLanes < width ? load<vf>(from + i + kLanes) : splat(0.0f), to);
         }
     }
 
-    template <int R>
-    void score_group(Workspace& w, int first_row, int64_t b, int64_t head, int64_t first_key, int count,
-                     const float* table) const {
-        const float* query = w.query.get() + first_row * width;
-        float* key = w.key.get();
+    // Scores of R rows with `count` keys at w.keys. InPlace: dims are read from the row itself.
+    template <int R, class S, bool InPlace>
+    __attribute__((noinline)) void score_group(Workspace& w, int first_row, int count, const float* table,
+                                               const float* scales) const {
+        const float* query = w.query.get() + first_row * words;
+        float* buffer = w.row.get();
         vf* sums = reinterpret_cast<vf*>(w.sums.get());
+        const int64_t bytes = p.head_dim * static_cast<int64_t>(sizeof(T));
         for (int k = 0; k < count; k += kLanes) {
             const int here = std::min(kLanes, count - k);
             for (int lane = 0; lane < here; ++lane) {
-                spread(row_of<T>(p.key, b, head, p.key_start[b] + first_key + k + lane), key);
+                const S* row = static_cast<const S*>(w.keys[k + lane]);
+                if (first_row == 0) prefetch_row(w.values[k + lane], scales ? p.head_dim : bytes);
+                if constexpr (!InPlace) spread(row, buffer);
                 const float* cosines = table + (k + lane) * 2 * half;
                 const float* sines = cosines + half;
+                const float* words_of_query = query;
+                const auto dims = [&](int64_t at_row, int64_t at_buffer) {
+                    vf x;
+                    if constexpr (InPlace)
+                        x = widen_lanes(row + at_row);
+                    else
+                        x = load<vf>(buffer + at_buffer);
+                    if constexpr (std::is_same_v<S, int8_t>) x *= load<vf>(scales + at_buffer);
+                    return x;
+                };
                 vf sum[R];
+#pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) sum[r] = splat(0.0f);
-                for (int64_t i = 0; i < half; i += kLanes) {
-                    const vf x = load<vf>(key + i), y = load<vf>(key + half + i);
+                for (int64_t i = 0; i < half; i += kLanes, words_of_query += Dot::kVectors * kLanes) {
+                    const vf x = dims(i, i), y = dims(pairs + i, half + i);
                     const vf c = load<vf>(cosines + i), s = load<vf>(sines + i);
-                    const vf u = x * c - y * s, v = y * c + x * s;
-#pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) {
-                        sum[r] = load<vf>(query + r * width + i) * u + sum[r];
-                        sum[r] = load<vf>(query + r * width + half + i) * v + sum[r];
-                    }
+                    Dot::template products<R>(x * c - y * s, y * c + x * s, words_of_query, words, sum);
                 }
-                for (int64_t i = 2 * half; i < width; i += kLanes) {
-                    const vf x = load<vf>(key + i);
-#pragma GCC unroll 8
-                    for (int r = 0; r < R; ++r) sum[r] = load<vf>(query + r * width + i) * x + sum[r];
+                for (int64_t i = 0; i < rest; i += 2 * kLanes, words_of_query += Dot::kVectors * kLanes) {
+                    const vf x = dims(2 * pairs + i, 2 * half + i);
+                    const vf y = i + kLanes < rest ? dims(2 * pairs + i + kLanes, 2 * half + i + kLanes) : splat(0.0f);
+                    Dot::template products<R>(x, y, words_of_query, words, sum);
                 }
+#pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) sums[r * kLanes + lane] = sum[r];
             }
             for (int lane = here; lane < kLanes; ++lane)
@@ -198,45 +299,93 @@ class Decoder {
         }
     }
 
-    template <int R>
-    void add_values(const Workspace& w, int first_row, int64_t b, int64_t head, int64_t first_key, int count,
-                    float* out) const {
-        constexpr int kWide = 2;
+    // Adds `count` values, weighted, to the outputs of R rows. Weights are zero past `count`, to a multiple of 2.
+    template <int R, class S>
+    __attribute__((noinline)) void add_values(const Workspace& w, int first_row, int count, float* out) const {
+        constexpr int kWide = R > 4 ? 2 : 4;
         for (int64_t c = 0; c < columns; c += kWide * kLanes) {
-            const int64_t present = std::min<int64_t>(kWide * kLanes, columns - c);
-            vf acc[R][kWide];
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r)
-                for (int n = 0; n < kWide; ++n)
-                    acc[r][n] =
-                        n * kLanes < present ? load<vf>(out + (first_row + r) * columns + c + n * kLanes) : splat(0);
-            const int64_t used = std::min<int64_t>(kWide * kLanes, p.head_dim - c);
-            float value[kWide * kLanes] = {};
-            for (int k = 0; k < count; ++k) {
-                const T* row = row_of<T>(p.value, b, head, p.key_start[b] + first_key + k) + c;
-                if (used == kWide * kLanes)
-                    for (int i = 0; i < kWide * kLanes; ++i) value[i] = widen(row[i]);
-                else
-                    for (int64_t i = 0; i < used; ++i) value[i] = widen(row[i]);
-                const vf low = load<vf>(value), high = load<vf>(value + kLanes);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    const float weight = w.scores[(first_row + r) * kDecodeKeys + k];
-                    acc[r][0] = low * weight + acc[r][0];
-                    acc[r][1] = high * weight + acc[r][1];
+            if (c + kWide * kLanes <= p.head_dim)
+                add_columns<R, S, kWide, true>(w, first_row, count, c, out);
+            else
+                for (int64_t one = c; one < columns; one += kLanes) {
+                    if (one + kLanes <= p.head_dim)
+                        add_columns<R, S, 1, true>(w, first_row, count, one, out);
+                    else
+                        add_columns<R, S, 1, false>(w, first_row, count, one, out);
                 }
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r)
-                for (int n = 0; n < kWide; ++n)
-                    if (n * kLanes < present) store(out + (first_row + r) * columns + c + n * kLanes, acc[r][n]);
         }
     }
 
+    template <int R, class S, int Wide, bool Whole>
+    void add_columns(const Workspace& w, int first_row, int count, int64_t c, float* out) const {
+        vf acc[R][Wide];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int n = 0; n < Wide; ++n) acc[r][n] = load<vf>(out + (first_row + r) * columns + c + n * kLanes);
+        S edge[2][kLanes] = {};
+        const auto row_of_key = [&](int k, int side) {
+            const S* row = static_cast<const S*>(w.values[k]) + c;
+            if constexpr (!Whole) {
+                for (int64_t i = 0; i < p.head_dim - c; ++i) edge[side][i] = row[i];
+                row = edge[side];
+            }
+            return row;
+        };
+#if defined(__AVX512BF16__)
+        if constexpr (Dot::kVectors == 1) {
+            const uint32_t* weights = reinterpret_cast<const uint32_t*>(w.scores.get() + first_row * kDecodeKeys);
+            for (int k = 0; k < count; k += 2) {
+                const S* low = row_of_key(k, 0);
+                const S* high = row_of_key(std::min(k + 1, count - 1), 1);  // its weight is 0 past the end
+                __m512bh value[Wide];
+#pragma GCC unroll 4
+                for (int n = 0; n < Wide; ++n) value[n] = paired(low + n * kLanes, high + n * kLanes);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[r * kDecodeKeys + k / 2]);
+#pragma GCC unroll 4
+                    for (int n = 0; n < Wide; ++n) acc[r][n] = _mm512_dpbf16_ps(acc[r][n], weight, value[n]);
+                }
+            }
+        } else
+#endif
+            for (int k = 0; k < count; ++k) {
+                const S* row = row_of_key(k, 0);
+                vf value[Wide];
+#pragma GCC unroll 4
+                for (int n = 0; n < Wide; ++n) value[n] = widen_lanes(row + n * kLanes);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    const vf weight = splat(w.scores[(first_row + r) * kDecodeKeys + k]);
+#pragma GCC unroll 4
+                    for (int n = 0; n < Wide; ++n) acc[r][n] = value[n] * weight + acc[r][n];
+                }
+            }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int n = 0; n < Wide; ++n) store(out + (first_row + r) * columns + c + n * kLanes, acc[r][n]);
+    }
+
+#if defined(__AVX512BF16__)
+    // Values of two neighbouring keys side by side, column by column. int8 is exact in bf16.
+    static __m512bh paired(const BFloat16* low, const BFloat16* high) {
+        const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
+        return (__m512bh)_mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+    }
+    static __m512bh paired(const int8_t* low, const int8_t* high) {
+        const __m512i a = (__m512i)widen_lanes(low), b = (__m512i)widen_lanes(high);
+        return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(a, 16), b);
+    }
+#endif
+
     template <class Call>
-    void by_group(const Call& call) const {
-        for (int first = 0; first < rows; first += kDecodeGroup) {
-            switch (std::min(kDecodeGroup, rows - first)) {
+    void by_group(int rows, const Call& call) const {
+        for (int first = 0, size; first < rows; first += size) {
+            size = decode_group(rows - first);
+            switch (size) {
                 case 1:
                     call(first, std::integral_constant<int, 1>());
                     break;
@@ -249,14 +398,8 @@ class Decoder {
                 case 4:
                     call(first, std::integral_constant<int, 4>());
                     break;
-                case 5:
-                    call(first, std::integral_constant<int, 5>());
-                    break;
                 case 6:
                     call(first, std::integral_constant<int, 6>());
-                    break;
-                case 7:
-                    call(first, std::integral_constant<int, 7>());
                     break;
                 default:
                     call(first, std::integral_constant<int, 8>());
@@ -265,81 +408,118 @@ class Decoder {
         }
     }
 
-    void visible(int64_t b, int r, int64_t* low, int64_t* high) const {
-        const int64_t index = p.query_start[b] + r / group, length = p.key_length[b];
-        *low = p.window_left >= 0 ? std::max<int64_t>(0, index - p.window_left) : 0;
-        *high = std::max(p.window_right >= 0 ? std::min(length, index + p.window_right + 1) : length, *low);
-    }
-
     // Partial result of a run: [rows] largest log2 scores, [rows] sums, [rows][columns] outputs.
-    void attend_run(Workspace& w, int64_t b, int64_t head, int64_t run, float* partial) const {
-        float *largest = partial, *sums = partial + rows, *out = partial + 2 * rows;
-        std::fill(largest, largest + rows, -std::numeric_limits<float>::infinity());
-        std::memset(sums, 0, sizeof(float) * rows * (columns + 1));
+    void attend_run(Workspace& w, int64_t run, float* partial) const {
+        float *largest = partial, *sums = partial + most_rows, *out = partial + 2 * most_rows;
+        std::fill(largest, largest + most_rows, -std::numeric_limits<float>::infinity());
+        std::memset(sums, 0, sizeof(float) * most_rows * (columns + 1));
         int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
-        for (int r = 0; r < rows; ++r) {
-            int64_t low, high;
-            visible(b, r, &low, &high);
-            if (high > low) {
-                first = std::min(first, low);
-                last = std::max(last, high);
+        for (int r = 0; r < w.rows; ++r)
+            if (w.high[r] > w.low[r]) {
+                first = std::min(first, w.low[r]);
+                last = std::max(last, w.high[r]);
             }
-        }
         first = std::max(first, run * kDecodeRun);
         last = std::min(last, (run + 1) * kDecodeRun);
-        const int64_t regime = p.rotation.regime_index[b], start = p.rotation.start_tokens[regime];
+        if (first >= last) return;
+        spread_queries(w);
+        const int64_t length = p.key_length[w.b], start = p.rotation.start_tokens[p.rotation.regime_index[w.b]];
         // Blocks begin at multiples of kDecodeKeys whatever is visible, and once more at n-hat.
         for (int64_t key = first / kDecodeKeys * kDecodeKeys; key < last;) {
             const bool base = key < start;
-            int64_t end = std::min((key / kDecodeKeys + 1) * kDecodeKeys, p.key_length[b]);
+            int64_t end = std::min((key / kDecodeKeys + 1) * kDecodeKeys, length);
             if (base) end = std::min(end, start);
-            attend_block(w, b, head, key, static_cast<int>(end - key), base, largest, sums, out);
+            attend_block(w, key, static_cast<int>(end - key), base, largest, sums, out);
             key = end;
         }
     }
 
-    void attend_block(Workspace& w, int64_t b, int64_t head, int64_t key, int count, bool base, float* largest,
-                      float* sums, float* out) const {
-        const float* table = tables.data() + (2 * p.rotation.regime_index[b] + base) * table_elements();
-        rotate_queries(w, b, head, key, base);
-        by_group([&](int row, auto size) { score_group<size.value>(w, row, b, head, key, count, table); });
-        const vi lane = iota();
-        const int padded = static_cast<int>(pad(count));
-        for (int r = 0; r < rows; ++r) {
-            float* scores = w.scores.get() + r * kDecodeKeys;
-            int64_t low, high;
-            visible(b, r, &low, &high);
-            const int least = static_cast<int>(std::clamp<int64_t>(low - key, 0, count));
-            const int most = static_cast<int>(std::clamp<int64_t>(high - key, 0, count));
-            vf top = splat(-std::numeric_limits<float>::infinity());
-            for (int c = 0; c < padded; c += kLanes) {
-                vf x = load<vf>(scores + c);
-                x = p.softcap > 0.0f ? tanhv(x * (p.scale / p.softcap)) * (p.softcap * kLog2E) : x * (p.scale * kLog2E);
-                const vi column = lane + c;
-                x = (column >= least) & (column < most) ? x : splat(-std::numeric_limits<float>::infinity());
-                top = vmax(top, x);
-                store(scores + c, x);
+    void attend_block(Workspace& w, int64_t key, int count, bool base, float* largest, float* sums, float* out) const {
+        if (!quantised(p)) {
+            for (int k = 0; k < count; ++k) {
+                const Slot slot = slot_of(p, w.b, key + k);
+                w.keys[k] = row_of<T>(p.key, slot.outer, w.head, slot.token);
+                w.values[k] = row_of<T>(p.value, slot.outer, w.head, slot.token);
             }
-            const float now = std::max(largest[r], reduce_max(top));
-            const float shift = std::isinf(now) ? 0.0f : now;
-            const float scale = std::isinf(largest[r]) ? 0.0f : exp2v(splat(largest[r] - shift))[0];
-            vf sum = splat(0.0f);
-            for (int c = 0; c < padded; c += kLanes) {
-                const vf x = exp2v(load<vf>(scores + c) - shift);
-                sum += x;
-                store(scores + c, x);
-            }
-            largest[r] = now;
-            sums[r] = sums[r] * scale + reduce_add(sum);
-            if (scale != 1.0f)
-                for (int64_t c = 0; c < columns; ++c) out[r * columns + c] *= scale;
+            return attend_block_of<T, T>(w, key, count, base, nullptr, largest, sums, out);
         }
-        by_group([&](int row, auto size) { add_values<size.value>(w, row, b, head, key, count, out); });
+        const bool tail = key >= quantised_keys(p, w.b);
+        for (int k = 0; k < count; ++k) {
+            const Slot slot = slot_of(p, w.b, key + k);
+            w.values[k] = row_of<int8_t>(p.value, slot.outer, w.head, slot.token);
+            w.value_scales[k] = value_scale(p, slot, w.head);
+            if (tail)
+                w.keys[k] = row_of<T>(p.pages.key_tail, w.b, w.head, (key + k) % kKeyGroup);
+            else
+                w.keys[k] = row_of<int8_t>(p.key, slot.outer, w.head, slot.token);
+        }
+        if (tail) return attend_block_of<T, int8_t>(w, key, count, base, nullptr, largest, sums, out);
+        const float* scales = w.row.get() + width;
+        spread(key_scale(p, slot_of(p, w.b, key), w.head), w.row.get() + width);
+        attend_block_of<int8_t, int8_t>(w, key, count, base, scales, largest, sums, out);
     }
 
-    void merge(int64_t b, int64_t head, const float* partial) const {
-        const int64_t run_elements = rows * (columns + 2);
+    template <class KeyT, class ValueT>
+    void attend_block_of(Workspace& w, int64_t key, int count, bool base, const float* scales, float* largest,
+                         float* sums, float* out) const {
+        const float* table = tables.data() + (2 * p.rotation.regime_index[w.b] + base) * table_elements();
+        rotate_queries(w, key, base);
+        by_group(w.rows, [&](int row, auto size) {
+            if (in_place)
+                score_group<size.value, KeyT, true>(w, row, count, table, scales);
+            else
+                score_group<size.value, KeyT, false>(w, row, count, table, scales);
+        });
+        for (int r = 0; r < w.rows; ++r)
+            softmax_row(w, r, key, count, scales != nullptr || std::is_same_v<ValueT, int8_t>, largest, sums,
+                        out + r * columns);
+        by_group(w.rows, [&](int row, auto size) { add_values<size.value, ValueT>(w, row, count, out); });
+    }
+
+    // Scores of a row become weights of the values, and what was summed before is scaled to the new maximum.
+    void softmax_row(Workspace& w, int r, int64_t key, int count, bool scaled_values, float* largest, float* sums,
+                     float* out) const {
+        const vi lane = iota();
+        const int padded = static_cast<int>(pad(count));
+        float* scores = w.scores.get() + r * kDecodeKeys;
+        const int least = static_cast<int>(std::clamp<int64_t>(w.low[r] - key, 0, count));
+        const int most = static_cast<int>(std::clamp<int64_t>(w.high[r] - key, 0, count));
+        vf top = splat(-std::numeric_limits<float>::infinity());
+        for (int c = 0; c < padded; c += kLanes) {
+            vf x = load<vf>(scores + c);
+            x = p.softcap > 0.0f ? tanhv(x * (p.scale / p.softcap)) * (p.softcap * kLog2E) : x * (p.scale * kLog2E);
+            const vi column = lane + c;
+            x = (column >= least) & (column < most) ? x : splat(-std::numeric_limits<float>::infinity());
+            top = vmax(top, x);
+            store(scores + c, x);
+        }
+        const float now = std::max(largest[r], reduce_max(top));
+        const float shift = std::isinf(now) ? 0.0f : now;
+        const float scale = std::isinf(largest[r]) ? 0.0f : exp2v(splat(largest[r] - shift))[0];
+        vf sum = splat(0.0f);
+        for (int c = 0; c < padded; c += kLanes) {
+            const vf x = exp2v(load<vf>(scores + c) - shift);
+            sum += x;
+            store(scores + c, x);
+        }
+        largest[r] = now;
+        sums[r] = sums[r] * scale + reduce_add(sum);
+        if (scale != 1.0f)
+            for (int64_t c = 0; c < columns; ++c) out[c] *= scale;
+        if (scaled_values)
+            for (int k = 0; k < count; ++k) scores[k] *= w.value_scales[k];
+#if defined(__AVX512BF16__)
+        if constexpr (Dot::kVectors == 1)
+            for (int c = 0; c < kDecodeKeys; c += 2 * kLanes) {
+                const vf second = c + kLanes < padded ? load<vf>(scores + c + kLanes) : splat(0.0f);
+                store(scores + c / 2, (__m512i)_mm512_cvtne2ps_pbh(second, load<vf>(scores + c)));
+            }
+#endif
+    }
+
+    void merge(int64_t b, int64_t head, const float* partial, int64_t run_elements) const {
         std::vector<float> total(columns);
+        const int rows = static_cast<int>(group * query_count(p, b));
         for (int r = 0; r < rows; ++r) {
             float top = -std::numeric_limits<float>::infinity();
             for (int64_t run = 0; run < runs_of_sequence; ++run) top = std::max(top, partial[run * run_elements + r]);
@@ -349,21 +529,22 @@ class Decoder {
             for (int64_t run = 0; seen && run < runs_of_sequence; ++run) {
                 const float* from = partial + run * run_elements;
                 const float scale = std::isinf(from[r]) ? 0.0f : exp2v(splat(from[r] - top))[0];
-                sum += from[rows + r] * scale;
-                for (int64_t c = 0; c < columns; ++c) total[c] += from[2 * rows + r * columns + c] * scale;
+                sum += from[most_rows + r] * scale;
+                for (int64_t c = 0; c < columns; ++c) total[c] += from[2 * most_rows + r * columns + c] * scale;
             }
             const int64_t i = r / group, query_head = head * group + r % group;
-            T* to = const_cast<T*>(row_of<T>(p.out, b, query_head, i));
+            T* to = const_cast<T*>(row_of<T>(p.out, b, query_head, query_row(p, b, i)));
             for (int64_t d = 0; d < p.head_dim; ++d) narrow(seen ? total[d] / sum : 0.0f, to + d);
-            p.lse[(b * p.query_heads + query_head) * p.query_tokens + i] =
+            p.lse[lse_index(p, b, query_head, i)] =
                 seen ? (top + std::log2(sum)) * kLn2 : -std::numeric_limits<float>::infinity();
         }
     }
 };
 
-// True where the decoder serves: few rows, and keys at consecutive positions.
-inline bool decodes(const AttentionParams& p) {
-    return p.key_heads > 0 && p.query_heads / p.key_heads * p.query_tokens <= kDecodeRows && p.key_positions == nullptr;
+// Whether the decoder serves sequence b: few rows, and keys at consecutive positions. Depends on the sequence alone.
+inline bool decodes(const AttentionParams& p, int64_t b) {
+    return p.key_heads > 0 && p.query_heads / p.key_heads * query_count(p, b) <= kDecodeRows &&
+           p.key_positions == nullptr;
 }
 
 }  // namespace

@@ -16,10 +16,12 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "attention_decode.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "rows.h"
 #include "tile.h"
 
 namespace longrope {
@@ -30,29 +32,43 @@ constexpr int kRowBlock = 16 * kTileRows;
 constexpr int64_t kScratchBytes = int64_t{256} << 20;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// What one worker needs to pack: cos and sin of a block's positions, and its rows of one head.
+template <class T>
+struct PackWorkspace {
+    Buffer<T> rows;                // [kKeyBlock][head_dim]
+    Buffer<float> cosines, sines;  // [kKeyBlock][pairs]
+    Buffer<float> wide;            // [head_dim]
+
+    explicit PackWorkspace(const AttentionParams& p)
+        : rows(allocate<T>(kKeyBlock * p.head_dim)),
+          cosines(allocate<float>(int64_t{kKeyBlock} * p.rotation.pairs)),
+          sines(allocate<float>(int64_t{kKeyBlock} * p.rotation.pairs)),
+          wide(allocate<float>(p.head_dim)) {}
+};
+
 // Rotates and packs block `block` of sequence b for every key head; `blocks` is where its packed blocks lie, one run of
 // `head_elements` per head.
 template <class T, class Math>
 void pack_block(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& packed, int64_t b, int64_t block,
-                int64_t first_head, int64_t heads, typename Math::Element* to, int64_t head_elements, T* rows,
-                float* cosines, float* sines) {
+                int64_t first_head, int64_t heads, typename Math::Element* to, int64_t head_elements,
+                const PackWorkspace<T>& w) {
     const int64_t first = block * kKeyBlock;
     const int count = static_cast<int>(std::min<int64_t>(kKeyBlock, p.key_length[b] - first));
     const int pairs = p.rotation.pairs;
-    const int64_t slot = p.key_start[b] + first;
-    for (int k = 0; k < count; ++k) {
-        const int64_t position = p.key_positions ? p.key_positions[b * p.key_tokens + slot + k] : first + k;
-        rotation_row(p.rotation, b, position, cosines + int64_t{k} * pairs, sines + int64_t{k} * pairs);
-    }
+    for (int k = 0; k < count; ++k)
+        rotation_row(p.rotation, b, key_position(p, b, first + k), w.cosines.get() + int64_t{k} * pairs,
+                     w.sines.get() + int64_t{k} * pairs);
+    T* rows = w.rows.get();
     for (int64_t head = 0; head < heads; ++head) {
         for (int k = 0; k < count; ++k)
-            rotate_row(row_of<T>(p.key, b, first_head + head, slot + k), p.head_dim, pairs, p.rotation.interleaved,
-                       cosines + int64_t{k} * pairs, sines + int64_t{k} * pairs, rows + k * p.head_dim);
+            rotated_key(p, b, first_head + head, first + k, w.cosines.get() + int64_t{k} * pairs,
+                        w.sines.get() + int64_t{k} * pairs, w.wide.get(), rows + k * p.head_dim);
         std::memset(static_cast<void*>(rows + count * p.head_dim), 0, sizeof(T) * (kKeyBlock - count) * p.head_dim);
         typename Math::Element* block_to = to + head * head_elements + block * packed.block_elements();
         packed.pack_keys(rows, p.head_dim, block_to);
-        packed.pack_values(row_of<T>(p.value, b, first_head + head, slot), p.value.token_stride, count, p.head_dim,
-                           block_to + packed.key_elements);
+        int64_t stride;
+        const T* values = value_rows(p, b, first_head + head, first, count, rows, &stride);
+        packed.pack_values(values, stride, count, p.head_dim, block_to + packed.key_elements);
     }
 }
 
@@ -142,10 +158,10 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& pac
                  int64_t head, int64_t first_row, const typename Math::Element* blocks) {
     using Element = typename Math::Element;
     const int64_t group = p.query_heads / p.key_heads;
-    const int64_t all_rows = group * p.query_tokens;
+    const int64_t all_rows = group * query_count(p, b);
+    if (first_row >= all_rows) return;
     const int rows = static_cast<int>(std::min<int64_t>(kRowBlock, all_rows - first_row));
     const int columns = packed.panels.columns();
-    const int64_t length = p.key_length[b];
     const int pairs = p.rotation.pairs;
 
     int64_t token = -1;
@@ -159,16 +175,12 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& pac
             continue;
         }
         const int64_t i = (first_row + r) / group;
-        const int64_t index = p.query_start[b] + i;
-        if (p.window_left >= 0) w.low[r] = std::max<int64_t>(0, index - p.window_left);
-        w.high[r] = p.window_right >= 0 ? std::min(length, index + p.window_right + 1) : length;
-        w.high[r] = std::max(w.high[r], w.low[r]);
+        visible_keys(p, b, i, &w.low[r], &w.high[r]);
         if (i != token) {
-            const int64_t position = p.query_positions ? p.query_positions[b * p.query_tokens + i] : index;
-            rotation_row(p.rotation, b, position, w.angles.get(), w.angles.get() + pairs);
+            rotation_row(p.rotation, b, query_position(p, b, i), w.angles.get(), w.angles.get() + pairs);
             token = i;
         }
-        rotate_row(row_of<T>(p.query, b, head * group + (first_row + r) % group, i), p.head_dim, pairs,
+        rotate_row(row_of<T>(p.query, b, head * group + (first_row + r) % group, query_row(p, b, i)), p.head_dim, pairs,
                    p.rotation.interleaved, w.angles.get(), w.angles.get() + pairs, w.row.get());
         for (int64_t step = 0; step < packed.key_steps; ++step)
             query[step] = Packed<T, Math, kKeyBlock>::join(w.row.get(), step, p.head_dim);
@@ -219,52 +231,49 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& pac
     T* out = static_cast<T*>(p.out.data) + b * p.out.batch_stride;
     for (int r = 0; r < rows; ++r) {
         const int64_t i = (first_row + r) / group, query_head = head * group + (first_row + r) % group;
-        T* to = out + query_head * p.out.head_stride + i * p.out.token_stride;
+        T* to = out + query_head * p.out.head_stride + query_row(p, b, i) * p.out.token_stride;
         const float sum = reduce_add(load<vf>(w.sums[r]));
         const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
         const float* from = w.out.get() + r * columns;
         const bool seen = w.largest[r] != -kInfinity;
         for (int64_t d = 0; d < p.head_dim; ++d) narrow(seen ? from[d] * inverse : 0.0f, to + d);
-        p.lse[(b * p.query_heads + query_head) * p.query_tokens + i] =
-            seen ? (w.largest[r] + std::log2(sum)) * kLn2 : -kInfinity;
+        p.lse[lse_index(p, b, query_head, i)] = seen ? (w.largest[r] + std::log2(sum)) * kLn2 : -kInfinity;
     }
 }
 
+// Attends for `sequences`, which have more rows than the decoder takes.
 template <class T, class Math>
-void attention(const AttentionParams& p) {
+void prefill(const AttentionParams& p, const std::vector<int64_t>& sequences) {
     using Element = typename Math::Element;
-    if (p.batch == 0 || p.query_heads == 0 || p.query_tokens == 0) return;
-    if (decodes(p)) return Decoder<T>(p).run();
     const Packed<T, Math, kKeyBlock> packed(p.head_dim);
     const int64_t group = p.query_heads / p.key_heads;
-    const int64_t row_blocks = (group * p.query_tokens + kRowBlock - 1) / kRowBlock;
-    int64_t key_blocks = 1;
-    for (int64_t b = 0; b < p.batch; ++b)
+    int64_t row_blocks = 0, key_blocks = 1;
+    for (int64_t b : sequences) {
+        row_blocks = std::max(row_blocks, (group * query_count(p, b) + kRowBlock - 1) / kRowBlock);
         key_blocks = std::max(key_blocks, (p.key_length[b] + kKeyBlock - 1) / kKeyBlock);
+    }
     const int64_t head_elements = key_blocks * packed.block_elements();
 
     // (sequence, key head) pairs go through the scratch in groups that fit it.
-    const int64_t pairs = p.batch * p.key_heads;
+    const int64_t pairs = static_cast<int64_t>(sequences.size()) * p.key_heads;
     const int64_t fit =
         std::clamp<int64_t>(kScratchBytes / static_cast<int64_t>(head_elements * sizeof(Element)), 1, pairs);
     const Buffer<Element> scratch = allocate<Element>(fit * head_elements);
     for (int64_t done = 0; done < pairs; done += fit) {
         const int64_t count = std::min(fit, pairs - done);
         // Heads of one sequence share their angles, so a packing task is a block of one sequence.
-        const int64_t first_batch = done / p.key_heads, last_batch = (done + count - 1) / p.key_heads;
+        const int64_t first_sequence = done / p.key_heads, last_sequence = (done + count - 1) / p.key_heads;
         std::atomic<int64_t> next_pack{0}, next_task{0};
         run_workers(p.threads, [&](int) {
-            const Buffer<T> rows = allocate<T>(kKeyBlock * p.head_dim);
-            const Buffer<float> angles = allocate<float>(int64_t{2} * kKeyBlock * p.rotation.pairs);
-            const int64_t tasks = (last_batch - first_batch + 1) * key_blocks;
+            const PackWorkspace<T> workspace(p);
+            const int64_t tasks = (last_sequence - first_sequence + 1) * key_blocks;
             for (int64_t task; (task = next_pack.fetch_add(1)) < tasks;) {
-                const int64_t b = first_batch + task / key_blocks, block = task % key_blocks;
-                if (block * kKeyBlock >= p.key_length[b]) continue;
-                const int64_t first = std::max(done - b * p.key_heads, int64_t{0});
-                const int64_t last = std::min(done + count - b * p.key_heads, p.key_heads);
-                pack_block(p, packed, b, block, first, last - first,
-                           scratch.get() + (b * p.key_heads + first - done) * head_elements, head_elements, rows.get(),
-                           angles.get(), angles.get() + int64_t{kKeyBlock} * p.rotation.pairs);
+                const int64_t s = first_sequence + task / key_blocks, block = task % key_blocks;
+                if (block * kKeyBlock >= p.key_length[sequences[s]]) continue;
+                const int64_t first = std::max(done - s * p.key_heads, int64_t{0});
+                const int64_t last = std::min(done + count - s * p.key_heads, p.key_heads);
+                pack_block(p, packed, sequences[s], block, first, last - first,
+                           scratch.get() + (s * p.key_heads + first - done) * head_elements, head_elements, workspace);
             }
         });
         run_workers(p.threads, [&](int) {
@@ -273,11 +282,21 @@ void attention(const AttentionParams& p) {
             for (int64_t task; (task = next_task.fetch_add(1)) < tasks;) {
                 // Last rows first: with a causal mask they see the most keys, and short tasks fill the end.
                 const int64_t row_block = row_blocks - 1 - task / count, pair = task % count;
-                attend_rows(p, packed, workspace, (done + pair) / p.key_heads, (done + pair) % p.key_heads,
+                attend_rows(p, packed, workspace, sequences[(done + pair) / p.key_heads], (done + pair) % p.key_heads,
                             row_block * kRowBlock, scratch.get() + pair * head_elements);
             }
         });
     }
+}
+
+template <class T, class Math, class Dot>
+void attention(const AttentionParams& p) {
+    if (p.query_heads == 0) return;
+    std::vector<int64_t> few, many;
+    for (int64_t b = 0; b < p.batch; ++b)
+        if (query_count(p, b) > 0) (decodes(p, b) ? few : many).push_back(b);
+    if (!few.empty()) Decoder<T, Dot>(p, few).run();
+    if (!many.empty()) prefill<T, Math>(p, many);
 }
 
 }  // namespace
@@ -285,15 +304,15 @@ void attention(const AttentionParams& p) {
 void LONGROPE_LEVEL(attention_forward)(const AttentionParams& p) {
     switch (p.dtype) {
         case Dtype::kFloat32:
-            return attention<float, Fp32Math>(p);
+            return attention<float, Fp32Math, DecodeFp32>(p);
         case Dtype::kFloat16:
-            return attention<_Float16, Fp32Math>(p);
+            return attention<_Float16, Fp32Math, DecodeFp32>(p);
 #if defined(__AVX512BF16__)
         case Dtype::kBFloat16:
-            return attention<BFloat16, Bf16Math>(p);
+            return attention<BFloat16, Bf16Math, DecodeBf16>(p);
 #else
         case Dtype::kBFloat16:
-            return attention<BFloat16, Fp32Math>(p);
+            return attention<BFloat16, Fp32Math, DecodeFp32>(p);
 #endif
     }
 }

@@ -28,14 +28,16 @@ struct Level {
     bool (*present)();
 };
 
+#define LONGROPE_KERNELS(level) \
+    {#level, attention_forward_##level, attention_backward_##level, cache_append_##level, apply_rope_##level}
+
 const Level kLevels[] = {
 #if defined(LONGROPE_X86)
-    {{"avx512_bf16", attention_forward_avx512_bf16, attention_backward_avx512_bf16, apply_rope_avx512_bf16},
-     has_avx512_bf16},
-    {{"avx512", attention_forward_avx512, attention_backward_avx512, apply_rope_avx512}, has_avx512},
-    {{"avx2", attention_forward_avx2, attention_backward_avx2, apply_rope_avx2}, has_avx2},
+    {LONGROPE_KERNELS(avx512_bf16), has_avx512_bf16},
+    {LONGROPE_KERNELS(avx512), has_avx512},
+    {LONGROPE_KERNELS(avx2), has_avx2},
 #endif
-    {{"portable", attention_forward_portable, attention_backward_portable, apply_rope_portable}, always},
+    {LONGROPE_KERNELS(portable), always},
 };
 
 }  // namespace

@@ -11,6 +11,7 @@
 #define LONGROPE_DECLARE(level)                                      \
     void attention_forward_##level(const AttentionParams&);          \
     void attention_backward_##level(const AttentionBackwardParams&); \
+    void cache_append_##level(const AppendParams&);                  \
     void apply_rope_##level(const RopeParams&);
 
 namespace longrope {
@@ -24,6 +25,7 @@ struct Kernels {
     const char* level;
     void (*attention_forward)(const AttentionParams&);
     void (*attention_backward)(const AttentionBackwardParams&);
+    void (*cache_append)(const AppendParams&);
     void (*apply_rope)(const RopeParams&);
 };
 

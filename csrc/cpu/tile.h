@@ -178,10 +178,5 @@ Buffer<T> allocate(int64_t count) {
     return Buffer<T>(static_cast<T*>(p));
 }
 
-template <class T>
-const T* row_of(const Operand& x, int64_t b, int64_t head, int64_t token) {
-    return static_cast<const T*>(x.data) + b * x.batch_stride + head * x.head_stride + token * x.token_stride;
-}
-
 }  // namespace
 }  // namespace longrope

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -133,6 +134,13 @@ inline vf tanhv(vf x) {
     return x < 0.0f ? -value : value;
 }
 
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float widen(int8_t x) {
+    return x;
+}
 inline float widen(float x) {
     return x;
 }
@@ -140,15 +148,36 @@ inline float widen(_Float16 x) {
     return static_cast<float>(x);
 }
 
-struct BFloat16 {
-    uint16_t bits;
-};
-
 inline float widen(BFloat16 x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+// kLanes neighbouring values as fp32.
+template <class S>
+inline vf widen_lanes(const S* p) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<S, BFloat16>)
+        return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+    if constexpr (std::is_same_v<S, _Float16>) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    if constexpr (std::is_same_v<S, int8_t>)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<S, BFloat16>)
+        return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+    if constexpr (std::is_same_v<S, _Float16>) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    if constexpr (std::is_same_v<S, int8_t>)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#endif
+    if constexpr (std::is_same_v<S, float>) {
+        return load<vf>(p);
+    } else {
+        float wide[kLanes];
+        for (int i = 0; i < kLanes; ++i) wide[i] = widen(p[i]);
+        return load<vf>(wide);
+    }
 }
 
 inline void narrow(float x, float* to) {
@@ -180,8 +209,8 @@ inline void rotation_row(const Rotation& rotation, int64_t b, int64_t position, 
 }
 
 // Rotate one row of head_dim values in fp32 and round it to T, as every backend must before a product.
-template <class T>
-inline void rotate_row(const T* row, int64_t head_dim, int pairs, bool interleaved, const float* cosines,
+template <class S, class T>
+inline void rotate_row(const S* row, int64_t head_dim, int pairs, bool interleaved, const float* cosines,
                        const float* sines, T* to) {
     if (interleaved) {
         for (int i = 0; i < pairs; ++i) {
@@ -196,7 +225,7 @@ inline void rotate_row(const T* row, int64_t head_dim, int pairs, bool interleav
             narrow(b * cosines[i] + a * sines[i], to + i + pairs);
         }
     }
-    if (to != row) std::memcpy(to + 2 * pairs, row + 2 * pairs, sizeof(T) * (head_dim - 2 * pairs));
+    for (int64_t i = 2 * pairs; i < head_dim; ++i) narrow(widen(row[i]), to + i);
 }
 
 }  // namespace

@@ -156,13 +156,19 @@ def _attention_arguments(
     starts = [x.contiguous() for x in geometry.resolved(batch, query_tokens, key.shape[2], query.device)]
     positions = [None if x is None else x.contiguous() for x in (geometry.query_positions, geometry.key_positions)]
     tables, keep = _tables(rotation)
+    query_start, key_start, key_length = starts
     arguments = (
         *(_operand(x) for x in (query, key, value, out)),
-        lse.data_ptr(),
+        (lse.data_ptr(), *lse.stride()[:2]),
         tables,
-        *[0 if x is None else x.data_ptr() for x in positions],
-        *[x.data_ptr() for x in starts],
-        (batch, query_heads, key.shape[1], query_tokens, key.shape[2], head_dim),
+        (),
+        *((0, 0) if x is None else (x.data_ptr(), x.stride(0)) for x in positions),
+        query_start.data_ptr(),
+        0,
+        0,
+        key_start.data_ptr(),
+        key_length.data_ptr(),
+        (batch, query_heads, key.shape[1], query_tokens, head_dim),
         geometry.window_left,
         0 if geometry.is_causal else geometry.window_right,
         geometry.scale,
