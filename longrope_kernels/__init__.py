@@ -4,8 +4,10 @@ from importlib import import_module
 from types import ModuleType
 
 from . import reference
+from .bundles import Pages
+from .cache import KVCache
 from .errors import BackendUnavailableError, UnsupportedRopeError
-from .functional import apply_rope, attention
+from .functional import apply_rope, attention, attention_paged, attention_varlen, cache_append
 from .rope import LongRope, RopeScaling, check_monotone
 
 __version__ = "0.1.0"
@@ -20,11 +22,16 @@ def __getattr__(name: str) -> ModuleType:
 
 __all__ = [
     "BackendUnavailableError",
+    "KVCache",
     "LongRope",
+    "Pages",
     "RopeScaling",
     "UnsupportedRopeError",
     "apply_rope",
     "attention",
+    "attention_paged",
+    "attention_varlen",
+    "cache_append",
     "check_monotone",
     "reference",
 ]

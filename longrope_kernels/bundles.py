@@ -1,7 +1,7 @@
 """Bundles of tensors that travel from the functional layer to a backend.
 
 An op schema holds tensors and numbers only, so everything a kernel needs to know about a rotation and about the
-place of the tokens in their sequences is one of these two records, and nothing else.
+place of the tokens in their sequences is one of these records, and nothing else.
 """
 
 from __future__ import annotations
@@ -69,3 +69,44 @@ class Geometry:
         if self.window_right >= 0:
             high = torch.minimum(high, index + self.window_right + 1)
         return low, torch.maximum(high, low)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a packed batch lie: sequence b is rows [bounds[b], bounds[b + 1])."""
+
+    query_bounds: Tensor  # int64[B + 1], cumulative, from 0 to Tq
+    key_bounds: Tensor  # int64[B + 1], cumulative, from 0 to Tk
+
+    @property
+    def batch(self) -> int:
+        return self.query_bounds.shape[0] - 1
+
+
+KEY_GROUP = 64  # keys that share one scale per channel in a quantised cache, by index in the sequence
+
+
+@dataclass(frozen=True)
+class Pages:
+    """A cache of unrotated keys and values: key i of sequence b is slot i % page_tokens of page
+    block_table[b, i // page_tokens].
+
+    Quantised where the scales are given: values int8 with a scale per token; keys int8 with a scale per channel for
+    every whole group of KEY_GROUP tokens, and in full precision in the tail until their group is whole.
+    """
+
+    key: Tensor  # [pages, Hkv, page_tokens, D], in the dtype of the query or int8
+    value: Tensor  # like key
+    block_table: Tensor  # int32[B, N], pages of each sequence in order; entries past its length are not read
+    length: Tensor  # int64[B], tokens in the cache
+    key_scale: Tensor | None = None  # float32[pages, Hkv, page_tokens / KEY_GROUP, D], contiguous
+    value_scale: Tensor | None = None  # float32[pages, Hkv, page_tokens], contiguous
+    key_tail: Tensor | None = None  # [B, Hkv, KEY_GROUP, D], in the dtype of the query
+
+    @property
+    def page_tokens(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def quantised(self) -> bool:
+        return self.key_scale is not None

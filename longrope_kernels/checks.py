@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .bundles import Geometry, Rotation
+from .bundles import KEY_GROUP, Geometry, Pages, Rotation
 from .errors import refuse
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -20,31 +20,42 @@ MAX_HEAD_DIM = 256
 MAX_POSITION = 2**31
 
 
-def operand(name: str, x: object, like: Tensor | None = None) -> None:
-    """Check one of query, key, value: a [batch, heads, tokens, head_dim] tensor, matching `like` (the query)."""
+def operand(name: str, x: object, like: Tensor | None = None, layout: str = "[batch, heads, tokens, head_dim]") -> None:
+    """Check one of query, key, value: a tensor of `layout`, matching `like` (the query) where that is given."""
     if not isinstance(x, Tensor):
         refuse(name, type(x).__name__, "a tensor", TypeError)
-    if x.dim() != 4:
-        refuse(name, f"shape {tuple(x.shape)}", "[batch, heads, tokens, head_dim]")
+    if x.dim() != layout.count(",") + 1:
+        refuse(name, f"shape {tuple(x.shape)}", layout)
     if x.dtype not in DTYPES:
         refuse(name, x.dtype, "float32, float16, bfloat16 (or float64, on the reference backend)", TypeError)
     if x.shape[-1] > MAX_HEAD_DIM or x.shape[-1] < 1:
         refuse(name, f"head_dim {x.shape[-1]}", f"a head_dim of 1 to {MAX_HEAD_DIM}")
-    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
-        refuse(name, f"stride {x.stride(-1)} in the last dimension", "a unit last stride (call .contiguous())")
+    unit_last_stride(name, x)
     if like is None:
         return
+    same_kind(name, x, like)
+    if x.dim() == 4 and x.shape[0] != like.shape[0]:
+        refuse(name, f"batch {x.shape[0]}", f"that of query, {like.shape[0]}")
+    if x.shape[-1] != like.shape[-1]:
+        refuse(name, f"head_dim {x.shape[-1]}", f"that of query, {like.shape[-1]}")
+
+
+def unit_last_stride(name: str, x: Tensor) -> None:
+    """Check that the last dimension is contiguous."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
+        refuse(name, f"stride {x.stride(-1)} in the last dimension", "a unit last stride (call .contiguous())")
+
+
+def same_kind(name: str, x: Tensor, like: Tensor, what: str = "query") -> None:
+    """Check dtype and device against those of another tensor."""
     if x.dtype != like.dtype:
-        refuse(name, x.dtype, f"the dtype of query, {like.dtype}", TypeError)
+        refuse(name, x.dtype, f"the dtype of {what}, {like.dtype}", TypeError)
     if x.device != like.device:
-        refuse(name, f"device {x.device}", f"the device of query, {like.device}")
-    for dim, what in ((0, "batch"), (3, "head_dim")):
-        if x.shape[dim] != like.shape[dim]:
-            refuse(name, f"{what} {x.shape[dim]}", f"that of query, {like.shape[dim]}")
+        refuse(name, f"device {x.device}", f"the device of {what}, {like.device}")
 
 
 def heads(query: Tensor, key: Tensor) -> None:
-    """Check that query heads are a multiple of key heads."""
+    """Check that query heads, dimension 1, are a multiple of key heads."""
     if (key.shape[1] == 0) != (query.shape[1] == 0) or (key.shape[1] and query.shape[1] % key.shape[1]):
         refuse("key", f"{key.shape[1]} heads", f"a divisor of the {query.shape[1]} query heads")
 
@@ -137,6 +148,99 @@ def geometry_values(geometry: Geometry, batch: int, query_tokens: int, key_token
                 )
     if geometry.query_start is not None:
         _within("query_start", geometry.query_start, -MAX_POSITION, MAX_POSITION - 1)
+
+
+def bounds(name: str, value: Tensor, device: torch.device) -> Tensor:
+    """Return the bounds of a packed batch as int64[batch + 1]."""
+    _integers(name, value, device)
+    if value.dim() != 1 or value.shape[0] < 1:
+        refuse(name, f"shape {tuple(value.shape)}", "[batch + 1], cumulative from 0")
+    return value.to(torch.int64)
+
+
+def bounds_values(name: str, value: Tensor, tokens: int, what: str) -> None:
+    """Check that bounds ascend from 0 to the number of tokens, where they are on the host."""
+    if value.device.type != "cpu":
+        return
+    ends = value.tolist()
+    if ends[0] != 0 or ends[-1] != tokens:
+        refuse(name, f"{ends[0]} ... {ends[-1]}", f"0 at its beginning and the {tokens} tokens of {what} at its end")
+    for b in range(len(ends) - 1):
+        if ends[b + 1] < ends[b]:
+            refuse(name, f"{ends[b + 1]} after {ends[b]} at {b + 1}", "values that never fall")
+
+
+def pages(pages: Pages) -> None:
+    """Check shapes and dtypes of a cache."""
+    key, value = pages.key, pages.value
+    for name, x in (("key_pages", key), ("value_pages", value)):
+        if x.dim() != 4:
+            refuse(name, f"shape {tuple(x.shape)}", "[pages, key_heads, page_tokens, head_dim]")
+        unit_last_stride(name, x)
+        if x.device != key.device:
+            refuse(name, f"device {x.device}", f"the device of key_pages, {key.device}")
+    if value.shape != key.shape:
+        refuse("value_pages", f"shape {tuple(value.shape)}", f"that of key_pages, {tuple(key.shape)}")
+    count, heads_, page_tokens, head_dim = key.shape
+    if page_tokens < 1:
+        refuse("key_pages", f"{page_tokens} tokens a page", "at least 1")
+    if pages.block_table.dim() != 2 or pages.block_table.dtype != torch.int32:
+        refuse(
+            "block_table", f"{pages.block_table.dtype} {tuple(pages.block_table.shape)}", "torch.int32 [batch, pages]"
+        )
+    if pages.length.shape != (pages.block_table.shape[0],) or pages.length.dtype != torch.int64:
+        refuse("length", f"{pages.length.dtype} {tuple(pages.length.shape)}", "torch.int64 [batch], as block_table")
+    scales = {"key_scale": pages.key_scale, "value_scale": pages.value_scale, "key_tail": pages.key_tail}
+    if (key.dtype == torch.int8) != (value.dtype == torch.int8):
+        refuse("value_pages", value.dtype, f"int8 like key_pages, which are {key.dtype}")
+    missing = [name for name, x in scales.items() if (x is None) == (key.dtype == torch.int8)]
+    if missing:
+        what = "None beside int8 pages" if key.dtype == torch.int8 else f"a tensor beside {key.dtype} pages"
+        refuse(missing[0], what, "scales and tail with int8 pages, and only with them")
+    if key.dtype != torch.int8:
+        return
+    if page_tokens % KEY_GROUP:
+        refuse("key_pages", f"{page_tokens} tokens a page", f"a multiple of {KEY_GROUP} in an int8 cache")
+    shapes = {
+        "key_scale": (count, heads_, page_tokens // KEY_GROUP, head_dim),
+        "value_scale": (count, heads_, page_tokens),
+        "key_tail": (pages.block_table.shape[0], heads_, KEY_GROUP, head_dim),
+    }
+    for name, scale in scales.items():
+        assert scale is not None
+        if tuple(scale.shape) != shapes[name] or not scale.is_contiguous():
+            what = f"shape {tuple(scale.shape)}, strides {scale.stride()}"
+            refuse(name, what, f"a contiguous {list(shapes[name])}")
+        if name != "key_tail" and scale.dtype != torch.float32:
+            refuse(name, scale.dtype, "float32", TypeError)
+
+
+def page_values(pages: Pages, length: Tensor) -> None:
+    """Check that sequences of `length` tokens lie inside their pages, and those inside the pool (on the host)."""
+    if length.device.type != "cpu" or length.numel() == 0:
+        return
+    _within("length", length, 0, pages.block_table.shape[1] * pages.page_tokens)
+    used = (length + pages.page_tokens - 1) // pages.page_tokens
+    table = pages.block_table.masked_fill(torch.arange(pages.block_table.shape[1]) >= used.unsqueeze(1), 0)
+    wrong = (table < 0) | (table >= pages.key.shape[0])
+    if table.numel() and bool(wrong.any()):
+        b, n = (int(i) for i in wrong.nonzero()[0])
+        what = f"page {int(table[b, n])} for tokens {n * pages.page_tokens} and on of sequence {b}"
+        refuse("block_table", what, f"one of the {pages.key.shape[0]} pages")
+
+
+def append_values(pages: Pages, count: Tensor, tokens: int) -> None:
+    """Check what is appended against the capacity of the cache and the tokens at hand (on the host)."""
+    if count.device.type != "cpu" or count.numel() == 0:
+        return
+    _within("count", count, 0, tokens)
+    capacity = pages.block_table.shape[1] * pages.page_tokens
+    full = pages.length + count
+    if int(full.max()) > capacity:
+        b = int(full.argmax())
+        what = f"{int(count[b])} tokens for sequence {b}, which has {int(pages.length[b])}"
+        refuse("key", what, f"at most {capacity} tokens in all, the capacity of its pages")
+    page_values(pages, full)
 
 
 def _within(name: str, value: Tensor, low: int, high: int) -> None:

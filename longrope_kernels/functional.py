@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks, ops
-from .bundles import Geometry, Rotation
+from . import checks, ops, ops_packed
+from .bundles import Geometry, Pages, Rotation
 from .errors import refuse
 from .rope import LongRope, RopeScaling
 
@@ -207,6 +207,193 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    scaling: RopeScaling | LongRope | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    regime_index: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of sequences packed one behind the other, without padding (the convention of flash-attention).
+
+    Sequence b is the query rows [cu_seqlens_q[b], cu_seqlens_q[b + 1]) and the key rows of cu_seqlens_k. It sees itself
+    alone, aligned at its last tokens, and gives the same bits as in any other batch.
+
+    Args:
+        query: [all query tokens, query_heads, head_dim], float32, float16 or bfloat16; any strides, the last 1.
+        key, value: [all key tokens, key_heads, head_dim]; key_heads divides query_heads.
+        cu_seqlens_q, cu_seqlens_k: int[batch + 1], cumulative lengths from 0 to all tokens. None for the keys: those of
+            the queries.
+        scaling: one regime for all; a LongRope, of which each sequence gets the regime of its own length; None.
+        query_positions, key_positions: rotation positions, integers in [0, 2**31), one per packed token. None: the
+            index in the sequence.
+        regime_index: int[batch], the regime of each sequence, instead of its length's. Only with a LongRope.
+        is_causal, scale, window, softcap, return_lse, backend: as in `attention`.
+
+    Returns:
+        out, like query; with `return_lse` also lse, float32[query_heads, all query tokens]. Differentiable as in
+        `attention`.
+
+    Raises:
+        ValueError, TypeError: one line that names the argument, its value and what was expected.
+        BackendUnavailableError: the forced backend cannot run here.
+
+    Examples:
+        >>> rope, bounds = LongRope.yarn(64, 1e5, 8192, 16384), torch.tensor([0, 100, 128])
+        >>> q, k, v = torch.randn(128, 9, 64), torch.randn(128, 3, 64), torch.randn(128, 3, 64)
+        >>> attention_varlen(q, k, v, bounds, scaling=rope).shape
+        torch.Size([128, 9, 64])
+    """
+    layout = "[tokens, heads, head_dim]"
+    checks.operand("query", query, layout=layout)
+    checks.operand("key", key, query, layout)
+    checks.operand("value", value, query, layout)
+    checks.heads(query, key)
+    if value.shape != key.shape:
+        refuse("value", f"shape {tuple(value.shape)}", f"that of key, {tuple(key.shape)}")
+    _scaling(scaling)
+    query_bounds = checks.bounds("cu_seqlens_q", cu_seqlens_q, query.device)
+    key_bounds = query_bounds if cu_seqlens_k is None else checks.bounds("cu_seqlens_k", cu_seqlens_k, query.device)
+    if key_bounds.shape != query_bounds.shape:
+        refuse("cu_seqlens_k", f"{len(key_bounds) - 1} sequences", f"those of cu_seqlens_q, {len(query_bounds) - 1}")
+    query_at = checks.positions("query_positions", query_positions, 1, query.shape[0], query.device)
+    key_at = checks.positions("key_positions", key_positions, 1, key.shape[0], query.device)
+    if isinstance(scaling, LongRope) and regime_index is None:
+        lengths = key_bounds.diff()
+        for at, ends in ((key_at, key_bounds), (query_at, query_bounds)):
+            if at is not None:
+                farthest = _farthest(at[0], ends)
+                lengths = farthest if at is key_at else torch.maximum(lengths, farthest)
+        regime_index = scaling.select_index(lengths)
+    rotation = _rotation(scaling, regime_index, query, len(query_bounds) - 1)
+    out, lse = ops_packed.attention_varlen(
+        query,
+        key,
+        value,
+        *_tables(rotation),
+        query_bounds,
+        key_bounds,
+        query_at,
+        key_at,
+        *_scores(query, is_causal, scale, window, softcap),
+        rotation.interleaved,
+        backend or "",
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_paged(
+    query: Tensor,
+    pages: Pages,
+    scaling: RopeScaling | LongRope | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    query_positions: Tensor | None = None,
+    query_start: Tensor | None = None,
+    regime_index: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over a cache of unrotated keys, for engines with pages of their own (`cache.KVCache` for the rest).
+
+    One pass over the cache where queries are few (decoding, speculative decoding), blockwise where they are many
+    (chunked prefill). Not differentiable.
+
+    Args:
+        query: [batch, query_heads, query_tokens, head_dim], the last tokens of each sequence, whose keys are in the
+            cache already.
+        pages: `longrope_kernels.Pages`: keys and values by page, block table, lengths; int8 with their scales.
+        query_positions: rotation positions, integers in [0, 2**31), [query_tokens] or [batch, query_tokens]. None: the
+            index. Keys are rotated by their index.
+        query_start: int[batch], index of the first query. None: pages.length - query_tokens.
+        scaling, is_causal, scale, window, softcap, regime_index, return_lse, backend: as in `attention`; the length of
+            a sequence is that of its cache.
+
+    Returns:
+        out, like query; with `return_lse` also lse, float32[batch, query_heads, query_tokens].
+
+    Raises:
+        ValueError, TypeError: one line that names the argument, its value and what was expected; no memory is touched.
+    """
+    checks.operand("query", query)
+    checks.pages(pages)
+    batch = query.shape[0]
+    if pages.block_table.shape[0] != batch:
+        refuse("block_table", f"{pages.block_table.shape[0]} sequences", f"those of query, {batch}")
+    if pages.key.dtype != torch.int8:
+        checks.same_kind("key_pages", pages.key, query)
+        checks.same_kind("value_pages", pages.value, query)
+    elif pages.key_tail is not None:
+        checks.same_kind("key_tail", pages.key_tail, query)
+    if pages.key.shape[-1] != query.shape[-1]:
+        refuse("key_pages", f"head_dim {pages.key.shape[-1]}", f"that of query, {query.shape[-1]}")
+    checks.heads(query, pages.key)
+    _scaling(scaling)
+    query_at = checks.positions("query_positions", query_positions, batch, query.shape[2], query.device)
+    start = checks.per_sequence("query_start", query_start, batch, query.device)
+    if isinstance(scaling, LongRope) and regime_index is None:
+        lengths = pages.length if query_at is None else torch.maximum(pages.length, _span(query_at))
+        regime_index = scaling.select_index(lengths)
+    rotation = _rotation(scaling, regime_index, query)
+    out, lse = ops_packed.attention_paged(
+        query,
+        *_page_fields(pages),
+        *_tables(rotation),
+        query_at,
+        start,
+        *_scores(query, is_causal, scale, window, softcap),
+        rotation.interleaved,
+        backend or "",
+    )
+    return (out, lse) if return_lse else out
+
+
+def cache_append(
+    key: Tensor, value: Tensor, pages: Pages, count: Tensor | None = None, backend: str | None = None
+) -> None:
+    """Write new keys, unrotated, and values behind what a cache holds; `pages.length` is the caller's to advance.
+
+    What the cache holds afterwards does not depend on how the appending was cut into calls.
+
+    Args:
+        key, value: [batch, key_heads, tokens, head_dim].
+        count: int[batch], how many of the tokens to take, from the first; None: all.
+
+    Raises:
+        ValueError, TypeError: one line; nothing is written.
+    """
+    checks.operand("key", key)
+    checks.operand("value", value, key)
+    checks.pages(pages)
+    if value.shape != key.shape:
+        refuse("value", f"shape {tuple(value.shape)}", f"that of key, {tuple(key.shape)}")
+    batch, heads, tokens, head_dim = key.shape
+    if (heads, head_dim) != (pages.key.shape[1], pages.key.shape[3]):
+        refuse(
+            "key", f"{heads} heads of {head_dim}", f"those of the cache, {pages.key.shape[1]} of {pages.key.shape[3]}"
+        )
+    if pages.block_table.shape[0] != batch:
+        refuse("key", f"batch {batch}", f"that of the cache, {pages.block_table.shape[0]}")
+    kept = pages.key if pages.key_tail is None else pages.key_tail
+    checks.same_kind("key", key, kept, "the cache")
+    counts = checks.per_sequence("count", count, batch, key.device)
+    if counts is None:
+        counts = torch.full((batch,), tokens, device=key.device)
+    ops_packed.cache_append(key, value, *_page_fields(pages), counts, backend or "")
+
+
 def bundle(
     query: Tensor,
     key: Tensor,
@@ -231,13 +418,10 @@ def bundle(
     for dim, what in ((1, "heads"), (2, "tokens")):
         if value.shape[dim] != key.shape[dim]:
             refuse("value", f"{value.shape[dim]} {what}", f"those of key, {key.shape[dim]}")
-    checks.positive_or_none("scale", scale)
-    checks.positive_or_none("softcap", softcap)
-    window_left, window_right = checks.window(window)
-    if scaling is not None and not isinstance(scaling, (RopeScaling, LongRope)):
-        refuse("scaling", type(scaling).__name__, "a RopeScaling, a LongRope or None", TypeError)
+    scores = _scores(query, is_causal, scale, window, softcap)
+    _scaling(scaling)
 
-    batch, _, query_tokens, head_dim = query.shape
+    batch, _, query_tokens, _ = query.shape
     key_tokens, device = key.shape[2], query.device
     query_positions = checks.positions("query_positions", query_positions, batch, query_tokens, device)
     key_positions = checks.positions("key_positions", key_positions, batch, key_tokens, device)
@@ -260,17 +444,36 @@ def bundle(
         query_start,
         key_start,
         key_length,
-        head_dim**-0.5 if scale is None else float(scale),
-        bool(is_causal),
-        window_left,
-        window_right,
-        0.0 if softcap is None else float(softcap),
+        *scores,
     )
     return _rotation(scaling, regime_index, query), geometry
 
 
-def _rotation(scaling: RopeScaling | LongRope | None, regime_index: Tensor | None, query: Tensor) -> Rotation:
-    batch, device = query.shape[0], query.device
+def _scaling(scaling: object) -> None:
+    if scaling is not None and not isinstance(scaling, (RopeScaling, LongRope)):
+        refuse("scaling", type(scaling).__name__, "a RopeScaling, a LongRope or None", TypeError)
+
+
+def _scores(
+    query: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    window: int | tuple[int, int] | None,
+    softcap: float | None,
+) -> tuple[float, bool, int, int, float]:
+    """Check how scores are formed and masked; return the last five fields of a `Geometry`."""
+    checks.positive_or_none("scale", scale)
+    checks.positive_or_none("softcap", softcap)
+    left, right = checks.window(window)
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return factor, bool(is_causal), left, right, 0.0 if softcap is None else float(softcap)
+
+
+def _rotation(
+    scaling: RopeScaling | LongRope | None, regime_index: Tensor | None, query: Tensor, batch: int | None = None
+) -> Rotation:
+    device = query.device
+    batch = query.shape[0] if batch is None else batch
     index = checks.per_sequence("regime_index", regime_index, batch, device, torch.int32)
     if index is not None and not isinstance(scaling, LongRope):
         refuse("regime_index", "a tensor", f"None with a scaling of type {type(scaling).__name__}")
@@ -298,6 +501,19 @@ def _tables(rotation: Rotation) -> tuple[Tensor, ...]:
 
 def _fields(geometry: Geometry) -> tuple[Any, ...]:
     return tuple(getattr(geometry, field.name) for field in dataclasses.fields(geometry))
+
+
+def _page_fields(pages: Pages) -> tuple[Any, ...]:
+    scales = (pages.key_scale, pages.value_scale, pages.key_tail)
+    return pages.key, pages.value, pages.block_table, pages.length, *scales
+
+
+def _farthest(positions: Tensor, bounds: Tensor) -> Tensor:
+    """Tokens from position 0 to the largest of each packed sequence, int64[batch]."""
+    index = torch.arange(positions.shape[0], device=positions.device)
+    sequence = torch.searchsorted(bounds[1:].contiguous(), index, right=True)
+    spans = torch.zeros(bounds.shape[0] - 1, dtype=torch.int64, device=positions.device)
+    return spans.scatter_reduce(0, sequence.clamp(max=max(bounds.shape[0] - 2, 0)), positions + 1, "amax")
 
 
 def _span(positions: Tensor) -> Tensor:

@@ -6,11 +6,14 @@
 // of j alone, from a table of 32 angles that all runs share and that stays in L1. No sine or cosine is computed for a
 // key. Blocks split at n-hat, where the frequencies change, and where a quantised cache's full-precision tail begins.
 //
+// Scores are formed in fp32 from rotated operands that are never rounded: with the few rows of a decode step, the error
+// rule's largest error is over few numbers, and rounding both sides at other places than the plain computation breaks
+// it in 5% of draws (measured). Weights are rounded to bf16 for bf16 values, whose products run in pairs of keys.
+//
 // Bytes: each key and value is read once for all query heads that share it; the values of a block are asked for while
-// its keys are multiplied, the keys of the next while its values are. Operations, in vectors of 16 and for head_dim 128
-// and 4 query rows in bf16: a key takes 16 to widen, 16 to rotate, 4 to round and 16 products; a value 16 to pair with
-// its neighbour and 16 products; the transposition of the sums 12. That is 96 for 512 bytes: bound by memory up to
-// about 8 rows.
+// its keys are multiplied. Operations, in vectors of 16 and for head_dim 128 and 4 query rows in bf16: a key takes 16
+// to widen, 16 to rotate and 32 products; a value 16 to pair with its neighbour and 16 products; the transposition of
+// the sums 12. That is 108 for 512 bytes: bound by memory up to about 8 rows.
 #pragma once
 
 #include <algorithm>
@@ -59,41 +62,18 @@ inline int decode_group(int rows) {
     return rows >= 8 ? 8 : rows >= 6 ? 6 : std::min(rows, 4);
 }
 
-// How two vectors of rotated dims, the first and the second of their pairs, meet those of a query.
-struct DecodeFp32 {
-    static constexpr int kVectors = 2;  // of query words for two vectors of dims
-    static void put(vf first, vf second, float* to) {
-        store(to, first);
-        store(to + kLanes, second);
-    }
-    template <int R>
-    static void products(vf first, vf second, const float* query, int64_t stride, vf* sums) {
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            sums[r] = load<vf>(query + r * stride) * first + sums[r];
-            sums[r] = load<vf>(query + r * stride + kLanes) * second + sums[r];
-        }
-    }
-};
-
+// Whether weights and values are multiplied in bf16 pairs, with fp32 sums.
+template <class T>
+constexpr bool multiplies_pairs() {
 #if defined(__AVX512BF16__)
-struct DecodeBf16 {
-    static constexpr int kVectors = 1;
-    static void put(vf first, vf second, float* to) {
-        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-    }
-    template <int R>
-    static void products(vf first, vf second, const float* query, int64_t stride, vf* sums) {
-        const __m512bh key = _mm512_cvtne2ps_pbh(second, first);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-            sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)_mm512_loadu_si512(query + r * stride), key);
-    }
-};
+    return std::is_same_v<T, BFloat16>;
+#else
+    return false;
 #endif
+}
 
 // T: dtype of queries, of the output, and of keys and values unless the cache is quantised.
-template <class T, class Dot>
+template <class T>
 class Decoder {
   public:
     // Attends for `sequences`, each of at most kDecodeRows rows a key head.
@@ -106,7 +86,6 @@ class Decoder {
           width(2 * half + rest),
           columns(pad(p.head_dim)),
           group(p.query_heads / p.key_heads),
-          words((2 * half + (rest + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes)) / 2 * Dot::kVectors),
           in_place(!p.rotation.interleaved && pairs % kLanes == 0 && (p.head_dim - 2 * pairs) % kLanes == 0) {
         for (int64_t b : sequences) {
             runs_of_sequence = std::max(runs_of_sequence, (p.key_length[b] + kDecodeRun - 1) / kDecodeRun);
@@ -139,18 +118,23 @@ class Decoder {
     const AttentionParams& p;
     const std::vector<int64_t>& sequences;
     int64_t pairs, half, rest, width, columns, group;
-    int64_t words;  // 32-bit words of a query row as the products want it
     bool in_place;  // rows are read where they lie; else they are spread into a buffer first
     int most_rows = 0;
     int64_t regimes = 1, runs_of_sequence = 1;
-    std::vector<float> tables;  // [regime][scaled or base][key][cos of half, sin of half]
+    Buffer<float> tables;  // [regime][scaled or base][key][cos of half, sin of half]
 
     static int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
     int64_t table_elements() const { return int64_t{kDecodeKeys} * 2 * half; }
 
+    static Buffer<float> zeros(int64_t count) {
+        Buffer<float> buffer = allocate<float>(count);
+        std::memset(buffer.get(), 0, sizeof(float) * count);
+        return buffer;
+    }
+
     struct Workspace {
         Buffer<float> unrotated;  // [rows][width]: first halves of the pairs, second halves, the rest
-        Buffer<float> query;      // [rows][words], rotated for a block
+        Buffer<float> query;      // the same, rotated for a block
         Buffer<float> angles;     // [2][half]
         Buffer<float> row;        // [width], a key spread out; [columns], its scales
         Buffer<float> scores;     // [rows][kDecodeKeys], then probabilities in fp32 or bf16
@@ -158,21 +142,16 @@ class Decoder {
         int64_t b, head, low[kDecodeRows], high[kDecodeRows];
         int rows;
         const void *keys[kDecodeKeys], *values[kDecodeKeys];
+        const void* next_keys[kDecodeKeys];  // of the block after this one, or of this one at the end
         float value_scales[kDecodeKeys];
 
         explicit Workspace(const Decoder& d)
             : unrotated(zeros(kDecodeRows * d.width)),
-              query(zeros(kDecodeRows * d.words)),
+              query(zeros(kDecodeRows * d.width)),
               angles(zeros(2 * d.half)),
               row(zeros(2 * d.width + 2 * kLanes)),
               scores(zeros(kDecodeRows * kDecodeKeys)),
               sums(zeros(kDecodeGroup * kLanes * kLanes)) {}
-
-        static Buffer<float> zeros(int64_t count) {
-            Buffer<float> buffer = allocate<float>(count);
-            std::memset(buffer.get(), 0, sizeof(float) * count);
-            return buffer;
-        }
 
         void begin(const AttentionParams& p, int64_t sequence, int64_t key_head, int64_t group) {
             b = sequence;
@@ -183,12 +162,12 @@ class Decoder {
     };
 
     void fill_tables() {
-        tables.assign(regimes * 2 * table_elements(), 0.0f);
+        tables = zeros(regimes * 2 * table_elements());
         for (int64_t regime = 0; regime < regimes; ++regime)
             for (const bool base : {false, true}) {
                 if (base && p.rotation.start_tokens[regime] == 0) continue;
                 const int64_t* turns = (base ? p.rotation.base_turns : p.rotation.turns) + regime * pairs;
-                float* to = tables.data() + (2 * regime + base) * table_elements();
+                float* to = tables.get() + (2 * regime + base) * table_elements();
                 const float factor = p.rotation.attention_factor[regime];
                 for (int key = 0; key < kDecodeKeys; ++key)
                     for (int64_t i = 0; i < pairs; ++i) {
@@ -239,14 +218,14 @@ class Decoder {
                 }
             }
             const float* from = w.unrotated.get() + r * width;
-            float* to = w.query.get() + r * words;
-            for (int64_t i = 0; i < half; i += kLanes, to += Dot::kVectors * kLanes) {
+            float* to = w.query.get() + r * width;
+            for (int64_t i = 0; i < half; i += kLanes) {
                 const vf x = load<vf>(from + i), y = load<vf>(from + half + i);
                 const vf c = load<vf>(cosines + i), s = load<vf>(sines + i);
-                Dot::put(x * c - y * s, y * c + x * s, to);
+                store(to + i, x * c - y * s);
+                store(to + half + i, y * c + x * s);
             }
-            for (int64_t i = 2 * half; i < width; i += 2 * kLanes, to += Dot::kVectors * kLanes)
-                Dot::put(load<vf>(from + i), i + kLanes < width ? load<vf>(from + i + kLanes) : splat(0.0f), to);
+            std::memcpy(to + 2 * half, from + 2 * half, sizeof(float) * rest);
         }
     }
 
@@ -254,49 +233,79 @@ class Decoder {
     template <int R, class S, bool InPlace>
     __attribute__((noinline)) void score_group(Workspace& w, int first_row, int count, const float* table,
                                                const float* scales) const {
-        const float* query = w.query.get() + first_row * words;
-        float* buffer = w.row.get();
+        const float* query = w.query.get() + first_row * width;
         vf* sums = reinterpret_cast<vf*>(w.sums.get());
-        const int64_t bytes = p.head_dim * static_cast<int64_t>(sizeof(T));
+        const int64_t bytes = p.head_dim * static_cast<int64_t>(quantised(p) ? sizeof(int8_t) : sizeof(T));
+        constexpr int kTogether = InPlace && R <= 4 && kLanes == 16 ? 2 : 1;  // keys that share the loads of a query
         for (int k = 0; k < count; k += kLanes) {
             const int here = std::min(kLanes, count - k);
-            for (int lane = 0; lane < here; ++lane) {
-                const S* row = static_cast<const S*>(w.keys[k + lane]);
-                if (first_row == 0) prefetch_row(w.values[k + lane], scales ? p.head_dim : bytes);
-                if constexpr (!InPlace) spread(row, buffer);
-                const float* cosines = table + (k + lane) * 2 * half;
-                const float* sines = cosines + half;
-                const float* words_of_query = query;
-                const auto dims = [&](int64_t at_row, int64_t at_buffer) {
-                    vf x;
-                    if constexpr (InPlace)
-                        x = widen_lanes(row + at_row);
-                    else
-                        x = load<vf>(buffer + at_buffer);
-                    if constexpr (std::is_same_v<S, int8_t>) x *= load<vf>(scales + at_buffer);
-                    return x;
-                };
-                vf sum[R];
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) sum[r] = splat(0.0f);
-                for (int64_t i = 0; i < half; i += kLanes, words_of_query += Dot::kVectors * kLanes) {
-                    const vf x = dims(i, i), y = dims(pairs + i, half + i);
-                    const vf c = load<vf>(cosines + i), s = load<vf>(sines + i);
-                    Dot::template products<R>(x * c - y * s, y * c + x * s, words_of_query, words, sum);
-                }
-                for (int64_t i = 0; i < rest; i += 2 * kLanes, words_of_query += Dot::kVectors * kLanes) {
-                    const vf x = dims(2 * pairs + i, 2 * half + i);
-                    const vf y = i + kLanes < rest ? dims(2 * pairs + i + kLanes, 2 * half + i + kLanes) : splat(0.0f);
-                    Dot::template products<R>(x, y, words_of_query, words, sum);
-                }
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) sums[r * kLanes + lane] = sum[r];
+            int lane = 0;
+            for (; lane + kTogether <= here; lane += kTogether) {
+                if (first_row == 0)
+                    for (int j = 0; j < kTogether; ++j) prefetch_row(w.values[k + lane + j], bytes);
+                score_keys<R, S, InPlace, kTogether>(w, query, k + lane, table, scales, sums + lane);
             }
-            for (int lane = here; lane < kLanes; ++lane)
+            for (; lane < here; ++lane) score_keys<R, S, InPlace, 1>(w, query, k + lane, table, scales, sums + lane);
+            for (lane = here; lane < kLanes; ++lane)
                 for (int r = 0; r < R; ++r) sums[r * kLanes + lane] = splat(0.0f);
             for (int r = 0; r < R; ++r)
                 store(w.scores.get() + (first_row + r) * kDecodeKeys + k, sums_of(sums + r * kLanes));
         }
+    }
+
+    // Products of R rows with keys k, k + 1, ... (Together of them), by lane: sums[r * kLanes + key].
+    template <int R, class S, bool InPlace, int Together>
+    __attribute__((always_inline)) void score_keys(Workspace& w, const float* query, int k, const float* table,
+                                                   const float* scales, vf* sums) const {
+        const S* rows[Together];
+        const float* cosines[Together];
+        vf sum[Together][R];
+#pragma GCC unroll 2
+        for (int j = 0; j < Together; ++j) {
+            rows[j] = static_cast<const S*>(w.keys[k + j]);
+            cosines[j] = table + (k + j) * 2 * half;
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sum[j][r] = splat(0.0f);
+        }
+        float* buffer = w.row.get();
+        if constexpr (!InPlace) spread(rows[0], buffer);
+        const auto dims = [&](int j, int64_t at_row, int64_t at_buffer) {
+            vf x;
+            if constexpr (InPlace)
+                x = widen_lanes(rows[j] + at_row);
+            else
+                x = load<vf>(buffer + at_buffer);
+            if constexpr (std::is_same_v<S, int8_t>) x *= load<vf>(scales + at_buffer);
+            return x;
+        };
+        for (int64_t i = 0; i < half; i += kLanes) {
+            vf u[Together], v[Together];
+#pragma GCC unroll 2
+            for (int j = 0; j < Together; ++j) {
+                const vf x = dims(j, i, i), y = dims(j, pairs + i, half + i);
+                const vf c = load<vf>(cosines[j] + i), s = load<vf>(cosines[j] + half + i);
+                u[j] = x * c - y * s;
+                v[j] = y * c + x * s;
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const vf a = load<vf>(query + r * width + i), b = load<vf>(query + r * width + half + i);
+#pragma GCC unroll 2
+                for (int j = 0; j < Together; ++j) sum[j][r] = b * v[j] + (a * u[j] + sum[j][r]);
+            }
+        }
+        for (int64_t i = 2 * half; i < width; i += kLanes) {
+#pragma GCC unroll 2
+            for (int j = 0; j < Together; ++j) {
+                const vf x = dims(j, 2 * pairs + i - 2 * half, i);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) sum[j][r] = load<vf>(query + r * width + i) * x + sum[j][r];
+            }
+        }
+#pragma GCC unroll 2
+        for (int j = 0; j < Together; ++j)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sums[r * kLanes + j] = sum[j][r];
     }
 
     // Adds `count` values, weighted, to the outputs of R rows. Weights are zero past `count`, to a multiple of 2.
@@ -324,6 +333,7 @@ class Decoder {
 #pragma GCC unroll 4
             for (int n = 0; n < Wide; ++n) acc[r][n] = load<vf>(out + (first_row + r) * columns + c + n * kLanes);
         S edge[2][kLanes] = {};
+        const int64_t bytes = p.head_dim * static_cast<int64_t>(sizeof(S));
         const auto row_of_key = [&](int k, int side) {
             const S* row = static_cast<const S*>(w.values[k]) + c;
             if constexpr (!Whole) {
@@ -333,11 +343,15 @@ class Decoder {
             return row;
         };
 #if defined(__AVX512BF16__)
-        if constexpr (Dot::kVectors == 1) {
+        if constexpr (multiplies_pairs<T>()) {
             const uint32_t* weights = reinterpret_cast<const uint32_t*>(w.scores.get() + first_row * kDecodeKeys);
             for (int k = 0; k < count; k += 2) {
                 const S* low = row_of_key(k, 0);
                 const S* high = row_of_key(std::min(k + 1, count - 1), 1);  // its weight is 0 past the end
+                if (c == 0 && first_row == 0) {
+                    prefetch_row(w.next_keys[k], bytes);
+                    prefetch_row(w.next_keys[std::min(k + 1, count - 1)], bytes);
+                }
                 __m512bh value[Wide];
 #pragma GCC unroll 4
                 for (int n = 0; n < Wide; ++n) value[n] = paired(low + n * kLanes, high + n * kLanes);
@@ -352,6 +366,7 @@ class Decoder {
 #endif
             for (int k = 0; k < count; ++k) {
                 const S* row = row_of_key(k, 0);
+                if (c == 0 && first_row == 0) prefetch_row(w.next_keys[k], bytes);
                 vf value[Wide];
 #pragma GCC unroll 4
                 for (int n = 0; n < Wide; ++n) value[n] = widen_lanes(row + n * kLanes);
@@ -434,6 +449,19 @@ class Decoder {
         }
     }
 
+    // Where the rows of the next keys lie, to ask for them early.
+    void look_ahead(Workspace& w, int64_t key, int count) const {
+        const int64_t ahead = std::min<int64_t>(kDecodeKeys, p.key_length[w.b] - key - count);
+        for (int k = 0; k < count; ++k) {
+            w.next_keys[k] = w.keys[k];
+            if (k >= ahead || (quantised(p) && key + count + k >= quantised_keys(p, w.b))) continue;
+            const Slot slot = slot_of(p, w.b, key + count + k);
+            w.next_keys[k] = quantised(p)
+                                 ? static_cast<const void*>(row_of<int8_t>(p.key, slot.outer, w.head, slot.token))
+                                 : row_of<T>(p.key, slot.outer, w.head, slot.token);
+        }
+    }
+
     void attend_block(Workspace& w, int64_t key, int count, bool base, float* largest, float* sums, float* out) const {
         if (!quantised(p)) {
             for (int k = 0; k < count; ++k) {
@@ -441,6 +469,7 @@ class Decoder {
                 w.keys[k] = row_of<T>(p.key, slot.outer, w.head, slot.token);
                 w.values[k] = row_of<T>(p.value, slot.outer, w.head, slot.token);
             }
+            look_ahead(w, key, count);
             return attend_block_of<T, T>(w, key, count, base, nullptr, largest, sums, out);
         }
         const bool tail = key >= quantised_keys(p, w.b);
@@ -453,6 +482,7 @@ class Decoder {
             else
                 w.keys[k] = row_of<int8_t>(p.key, slot.outer, w.head, slot.token);
         }
+        look_ahead(w, key, count);
         if (tail) return attend_block_of<T, int8_t>(w, key, count, base, nullptr, largest, sums, out);
         const float* scales = w.row.get() + width;
         spread(key_scale(p, slot_of(p, w.b, key), w.head), w.row.get() + width);
@@ -462,7 +492,7 @@ class Decoder {
     template <class KeyT, class ValueT>
     void attend_block_of(Workspace& w, int64_t key, int count, bool base, const float* scales, float* largest,
                          float* sums, float* out) const {
-        const float* table = tables.data() + (2 * p.rotation.regime_index[w.b] + base) * table_elements();
+        const float* table = tables.get() + (2 * p.rotation.regime_index[w.b] + base) * table_elements();
         rotate_queries(w, key, base);
         by_group(w.rows, [&](int row, auto size) {
             if (in_place)
@@ -509,7 +539,7 @@ class Decoder {
         if (scaled_values)
             for (int k = 0; k < count; ++k) scores[k] *= w.value_scales[k];
 #if defined(__AVX512BF16__)
-        if constexpr (Dot::kVectors == 1)
+        if constexpr (multiplies_pairs<T>())
             for (int c = 0; c < kDecodeKeys; c += 2 * kLanes) {
                 const vf second = c + kLanes < padded ? load<vf>(scores + c + kLanes) : splat(0.0f);
                 store(scores + c / 2, (__m512i)_mm512_cvtne2ps_pbh(second, load<vf>(scores + c)));

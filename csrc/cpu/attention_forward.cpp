@@ -289,13 +289,13 @@ void prefill(const AttentionParams& p, const std::vector<int64_t>& sequences) {
     }
 }
 
-template <class T, class Math, class Dot>
+template <class T, class Math>
 void attention(const AttentionParams& p) {
     if (p.query_heads == 0) return;
     std::vector<int64_t> few, many;
     for (int64_t b = 0; b < p.batch; ++b)
         if (query_count(p, b) > 0) (decodes(p, b) ? few : many).push_back(b);
-    if (!few.empty()) Decoder<T, Dot>(p, few).run();
+    if (!few.empty()) Decoder<T>(p, few).run();
     if (!many.empty()) prefill<T, Math>(p, many);
 }
 
@@ -304,15 +304,15 @@ void attention(const AttentionParams& p) {
 void LONGROPE_LEVEL(attention_forward)(const AttentionParams& p) {
     switch (p.dtype) {
         case Dtype::kFloat32:
-            return attention<float, Fp32Math, DecodeFp32>(p);
+            return attention<float, Fp32Math>(p);
         case Dtype::kFloat16:
-            return attention<_Float16, Fp32Math, DecodeFp32>(p);
+            return attention<_Float16, Fp32Math>(p);
 #if defined(__AVX512BF16__)
         case Dtype::kBFloat16:
-            return attention<BFloat16, Bf16Math, DecodeBf16>(p);
+            return attention<BFloat16, Bf16Math>(p);
 #else
         case Dtype::kBFloat16:
-            return attention<BFloat16, Fp32Math, DecodeFp32>(p);
+            return attention<BFloat16, Fp32Math>(p);
 #endif
     }
 }

@@ -40,7 +40,7 @@ def pick(op: str, query: Tensor, backend: str | None) -> ModuleType:
     """Return the backend that runs `op` on `query`.
 
     Args:
-        op: "apply_rope", "attention" or "attention_backward".
+        op: the name of an op, which is that of the backend's function.
         query: the tensor whose device, dtype and head_dim decide.
         backend: a name to force, or None (or "") for the first that can.
 
@@ -49,14 +49,14 @@ def pick(op: str, query: Tensor, backend: str | None) -> ModuleType:
     """
     if backend:
         module = load(backend)
-        reason = module.unavailable_reason() or module.supports(op, query)
+        reason = _refusal(module, op, query)
         if reason:
             refuse("backend", repr(backend), f"one that can run {op} here: {reason}", BackendUnavailableError)
         return module
     reasons: list[str] = []
     for name in PREFERENCE.get(query.device.type, ("reference",)):
         module = load(name)
-        reason = module.unavailable_reason() or module.supports(op, query)
+        reason = _refusal(module, op, query)
         if reason is None:
             if name == "reference":
                 _warn_slow("; ".join(reasons) or f"no kernels for {query.device.type} tensors")
@@ -64,6 +64,13 @@ def pick(op: str, query: Tensor, backend: str | None) -> ModuleType:
             return module
         reasons.append(f"{name}: {reason}")
     raise BackendUnavailableError("; ".join(reasons))
+
+
+def _refusal(module: ModuleType, op: str, query: Tensor) -> str | None:
+    reason = module.unavailable_reason()
+    if reason is None and not hasattr(module, op):
+        reason = f"it has no {op}"
+    return reason or module.supports(op, query)
 
 
 @functools.cache

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..bundles import Geometry, Rotation
+from ..bundles import Geometry, Packing, Pages, Rotation
+from . import composed
 
 NAME = "reference"
 _TURN = 2 * math.pi / 2**32  # radians in one unit of phase
@@ -203,6 +204,42 @@ def attention_backward(
     d_query = rotate(d_query, problem.query_cos, -problem.query_sin, rotation.interleaved)
     d_key = rotate(d_key, problem.key_cos, -problem.key_sin, rotation.interleaved)
     return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), d_inv_freq
+
+
+def attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, rotation: Rotation, geometry: Geometry, packing: Packing
+) -> tuple[Tensor, Tensor]:
+    """`attention` of packed sequences: query [Tq, Hq, D], key and value [Tk, Hkv, D]; lse [Hq, Tq]."""
+    return composed.attention_varlen(attention, query, key, value, rotation, geometry, packing)
+
+
+def attention_varlen_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rotation: Rotation,
+    geometry: Geometry,
+    packing: Packing,
+    want_inv_freq: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attention_varlen`."""
+    return composed.attention_varlen_backward(
+        attention_backward, grad_out, grad_lse, query, key, value, out, lse, rotation, geometry, packing, want_inv_freq
+    )
+
+
+def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """`attention` of queries [B, Hq, Tq, D] over a cache."""
+    return composed.attention_paged(attention, query, pages, rotation, geometry)
+
+
+def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> None:
+    """Write the first `count[b]` of key and value [B, Hkv, T, D] behind the `length[b]` tokens of the cache."""
+    composed.cache_append(key, value, pages, count)
 
 
 def inv_freq_gradient(rotated: Tensor, gradient: Tensor, positions: Tensor, rotation: Rotation) -> Tensor:

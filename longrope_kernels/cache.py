@@ -1,0 +1,186 @@
+"""A cache of unrotated keys and their values: contiguous or in pages, in the model's dtype or int8.
+
+Keys are rotated where they are read, so a change of regime in the middle of a sequence leaves no stale phases, and the
+same cache serves any rotary embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .bundles import KEY_GROUP, Pages
+from .errors import refuse
+from .functional import attention_paged, cache_append
+from .rope import LongRope, RopeScaling
+
+
+class KVCache:
+    """Keys and values of a batch of sequences, each of its own length.
+
+    Args:
+        batch: sequences.
+        key_heads, head_dim: of keys and values.
+        max_tokens: that a sequence can hold.
+        dtype: of the queries, keys and values that come in.
+        quantised: keep int8: values with a scale per token, keys with a scale per channel for every 64 tokens (half the
+            error of a scale per token on unrotated keys), the last keys in `dtype` until their 64 are whole.
+        page_tokens: tokens of a page; None: one run of memory per sequence. A multiple of 64 where quantised.
+        pages: pages of the pool all sequences share; None: enough for every sequence at `max_tokens`.
+        device: where the memory lies.
+
+    Examples:
+        >>> cache = KVCache(batch=1, key_heads=2, head_dim=64, max_tokens=256)
+        >>> scaling = RopeScaling(head_dim=64, theta=1e4)
+        >>> q, k, v = (torch.randn(1, heads, 5, 64, dtype=torch.bfloat16) for heads in (8, 2, 2))
+        >>> cache.append(k, v)
+        >>> cache.attend(q, scaling).shape
+        torch.Size([1, 8, 5, 64])
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        key_heads: int,
+        head_dim: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        quantised: bool = False,
+        page_tokens: int | None = None,
+        pages: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        sizes = {"batch": batch, "key_heads": key_heads, "head_dim": head_dim, "max_tokens": max_tokens}
+        for name, size in sizes.items():
+            if size < 1:
+                refuse(name, size, "an int >= 1")
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            refuse("dtype", dtype, "float32, float16 or bfloat16 (int8 with quantised=True)", TypeError)
+        self.paged = page_tokens is not None
+        if page_tokens is None:
+            page_tokens = max_tokens if not quantised else -(-max_tokens // KEY_GROUP) * KEY_GROUP
+            if pages is not None:
+                refuse("pages", pages, "None without page_tokens")
+        if page_tokens < 1 or (quantised and page_tokens % KEY_GROUP):
+            refuse("page_tokens", page_tokens, f"a multiple of {KEY_GROUP}" if quantised else "an int >= 1")
+        per_sequence = -(-max_tokens // page_tokens)
+        pages = batch * per_sequence if pages is None else pages
+        if pages < 1:
+            refuse("pages", pages, "an int >= 1")
+        shape = (pages, key_heads, page_tokens, head_dim)
+        storage = torch.int8 if quantised else dtype
+        table = torch.full((batch, per_sequence), -1, dtype=torch.int32, device=device)
+        if not self.paged:
+            table[:] = torch.arange(batch, device=device).unsqueeze(1)
+        self.pages = Pages(
+            torch.zeros(shape, dtype=storage, device=device),
+            torch.zeros(shape, dtype=storage, device=device),
+            table,
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            torch.zeros(pages, key_heads, page_tokens // KEY_GROUP, head_dim, device=device) if quantised else None,
+            torch.zeros(pages, key_heads, page_tokens, device=device) if quantised else None,
+            torch.zeros(batch, key_heads, KEY_GROUP, head_dim, dtype=dtype, device=device) if quantised else None,
+        )
+        self.max_tokens = max_tokens
+        self.free = list(range(pages - 1, -1, -1)) if self.paged else []  # the lowest free page is taken first
+        self._held = [0] * batch  # tokens of each sequence, known without reading the device
+        self._owned: list[list[int]] = [[] for _ in range(batch)]  # pages of each sequence, in order
+
+    @property
+    def length(self) -> Tensor:
+        """Tokens of each sequence, int64[batch]."""
+        return self.pages.length
+
+    @property
+    def bytes(self) -> int:
+        """Memory of keys, values, scales, tail and block table."""
+        fields = (getattr(self.pages, field.name) for field in dataclasses.fields(self.pages))
+        return sum(x.numel() * x.element_size() for x in fields if x is not None)
+
+    def append(self, key: Tensor, value: Tensor, count: Tensor | None = None, backend: str | None = None) -> None:
+        """Add the tokens of every sequence.
+
+        Args:
+            key, value: [batch, key_heads, tokens, head_dim]; keys unrotated.
+            count: int[batch], how many of the tokens to take, from the first; None: all.
+            backend: "cpu", "reference", or None for the fastest that can.
+
+        Raises:
+            ValueError: more than `max_tokens`, or no page left; one line, and the cache is as before.
+        """
+        counts = [key.shape[2]] * len(self._held) if count is None else [int(n) for n in count]
+        for b, (held, more) in enumerate(zip(self._held, counts, strict=False)):
+            if held + more > self.max_tokens:
+                refuse("key", f"{more} tokens for sequence {b}, which has {held}", f"at most {self.max_tokens} in all")
+        taken = self._reserve(counts) if self.paged else []
+        try:
+            cache_append(key, value, self.pages, count, backend)
+        except Exception:
+            for b in reversed(taken):  # the pages taken for this call go back
+                self.free.append(self._owned[b].pop())
+                self.pages.block_table[b, len(self._owned[b])] = -1
+            raise
+        self._held = [held + more for held, more in zip(self._held, counts, strict=True)]
+        self.pages.length.copy_(torch.tensor(self._held))
+
+    def attend(
+        self,
+        query: Tensor,
+        scaling: RopeScaling | LongRope | None = None,
+        is_causal: bool = True,
+        scale: float | None = None,
+        window: int | tuple[int, int] | None = None,
+        softcap: float | None = None,
+        query_positions: Tensor | None = None,
+        query_start: Tensor | None = None,
+        regime_index: Tensor | None = None,
+        return_lse: bool = False,
+        backend: str | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend with the last tokens of each sequence, [batch, query_heads, query_tokens, head_dim], already appended.
+
+        Arguments and results are those of `attention_paged`.
+        """
+        return attention_paged(
+            query,
+            self.pages,
+            scaling,
+            is_causal,
+            scale,
+            window,
+            softcap,
+            query_positions,
+            query_start,
+            regime_index,
+            return_lse,
+            backend,
+        )
+
+    def release(self, sequence: int) -> None:
+        """Empty one sequence; its pages go back to the pool."""
+        if not 0 <= sequence < len(self._held):
+            refuse("sequence", sequence, f"an int in [0, {len(self._held) - 1}]")
+        self._held[sequence] = 0
+        self.pages.length[sequence] = 0
+        if self.paged:
+            self.free.extend(reversed(self._owned[sequence]))
+            self._owned[sequence] = []
+            self.pages.block_table[sequence] = -1
+
+    def _reserve(self, counts: list[int]) -> list[int]:
+        """Give every sequence the pages it needs; return which sequence got each."""
+        page_tokens = self.pages.page_tokens
+        needs = [
+            b
+            for b, (held, more, owned) in enumerate(zip(self._held, counts, self._owned, strict=False))
+            for _ in range(-(-(held + more) // page_tokens) - len(owned))
+        ]
+        if len(needs) > len(self.free):
+            refuse("key", f"{len(needs)} more pages needed", f"at most the {len(self.free)} that are free")
+        for b in needs:
+            page = self.free.pop()
+            self.pages.block_table[b, len(self._owned[b])] = page
+            self._owned[b].append(page)
+        return needs

@@ -1,0 +1,270 @@
+"""Caches of unrotated keys: contiguous and paged, plain and int8, read by every backend alike."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import longrope_kernels as lk
+from longrope_kernels import backends, testing
+from longrope_kernels.backends.composed import gathered
+
+PLAIN = lk.RopeScaling(head_dim=64, theta=1e4)
+LONG = PLAIN.replace(rescale_factors=[1.0 + i / 8 for i in range(32)], start_tokens=5, attention_factor=1.1)
+LADDER = lk.LongRope(100, {100: PLAIN, 4000: LONG})
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+USABLE = [name for name in ("cpu", "reference") if backends.unavailable_reason(name) is None]
+KINDS = [(quantised, page) for quantised in (False, True) for page in (None, 64)]
+
+
+def tokens(count, dtype=torch.float32, batch=2, heads=2, head_dim=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, heads, count, head_dim, generator=generator).to(dtype) for _ in range(2)]
+
+
+def filled(lengths, dtype=torch.float32, quantised=False, page_tokens=None, capacity=600, head_dim=64, **options):
+    cache = lk.KVCache(len(lengths), 2, head_dim, capacity, dtype, quantised, page_tokens, **options)
+    key, value = tokens(max(lengths), dtype, len(lengths), head_dim=head_dim)
+    cache.append(key, value, torch.tensor(lengths))
+    return cache, key, value
+
+
+def queries(count, dtype=torch.float32, batch=2, heads=8, head_dim=64):
+    return torch.randn(batch, heads, count, head_dim, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_tokens", [None, 1, 7, 64])
+@pytest.mark.parametrize("query_tokens", [1, 3, 40])
+def test_reading_a_cache_gives_the_bits_of_attention_over_its_keys(dtype, page_tokens, query_tokens):
+    lengths = [300, 77]
+    cache, key, value = filled(lengths, dtype, page_tokens=page_tokens)
+    query = queries(query_tokens, dtype)
+    out, lse = cache.attend(query, LADDER, return_lse=True, window=200)
+    length = torch.tensor(lengths)
+    expected, expected_lse = lk.attention(query, key, value, LADDER, key_length=length, return_lse=True, window=200)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128])
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.integers(1, 400), min_size=1, max_size=3),
+    st.sampled_from(KINDS),
+    st.integers(1, 30),
+    st.booleans(),
+    st.sampled_from([None, 0.5]),
+)
+def test_every_kind_of_cache_obeys_the_error_rule(dtype, head_dim, lengths, kind, query_tokens, interleaved, partial):
+    cache, _, _ = filled(lengths, dtype, *kind, head_dim=head_dim)
+    rotary = head_dim if partial is None else int(head_dim * partial) // 2 * 2
+    scaling = lk.RopeScaling(head_dim, 1e4, [2.0] * (rotary // 2), 7, 1.1, rotary, interleaved)
+    query = queries(query_tokens, dtype, len(lengths), head_dim=head_dim)
+    out, lse = cache.attend(query, scaling, return_lse=True)
+    exact, exact_lse = lk.reference.attention(
+        query, *gathered(cache.pages, torch.float64), scaling, key_length=cache.length, return_lse=True
+    )
+    held = [x.to(dtype) for x in gathered(cache.pages, torch.float64)]
+    problem = testing.Problem(query, *held, scaling, {"key_length": cache.length})
+    plain, plain_lse = testing.plain_attention(problem)
+    testing.assert_within_error_rule("out", out, plain, exact, 1e-5)
+    testing.assert_within_error_rule("lse", lse, plain_lse, exact_lse, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", USABLE)
+def test_what_a_cache_holds_does_not_depend_on_how_the_appending_was_cut(kind, backend):
+    key, value = tokens(200, torch.bfloat16)
+    caches = []
+    for cuts in ([200], [1] * 30 + [170], [63, 1, 64, 65, 7]):
+        cache = lk.KVCache(2, 2, 64, 256, torch.bfloat16, *kind)
+        at = 0
+        for cut in cuts:
+            part = slice(at, at + cut)
+            cache.append(key[:, :, part], value[:, :, part], backend=backend)
+            at += cut
+        caches.append(cache)
+    for other in caches[1:]:
+        for a, b in zip(gathered(caches[0].pages, torch.float32), gathered(other.pages, torch.float32), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backends_quantise_to_the_same_bits(dtype):
+    key, value = tokens(150, dtype)
+    held = []
+    for backend in USABLE:
+        cache = lk.KVCache(2, 2, 64, 256, dtype, quantised=True)
+        cache.append(key, value, backend=backend)
+        held.append(cache.pages)
+    for name in ("key", "value", "key_scale", "value_scale", "key_tail"):
+        first, *others = (getattr(pages, name) for pages in held)
+        for other in others:
+            assert torch.equal(first, other), name
+
+
+def test_int8_keys_and_values_are_within_half_a_step():
+    cache, key, value = filled([256, 256], quantised=True)
+    held_key, held_value = gathered(cache.pages, torch.float32)
+    groups = key.unflatten(2, (4, 64)).abs().amax(3, keepdim=True) / 127
+    assert ((held_key - key).unflatten(2, (4, 64)).abs() <= groups * 0.5001).all()
+    assert ((held_value - value).abs() <= value.abs().amax(-1, keepdim=True) / 127 * 0.5001).all()
+
+
+def test_keys_wait_in_full_precision_until_their_group_is_whole():
+    cache, key, _ = filled([100, 63], torch.bfloat16, quantised=True)
+    held, _ = gathered(cache.pages, torch.bfloat16)
+    assert torch.equal(held[0, :, 64:100], key[0, :, 64:100])
+    assert torch.equal(held[1, :, :63], key[1, :, :63])
+    assert not torch.equal(held[0, :, :64], key[0, :, :64])
+
+
+def test_a_value_that_is_not_finite_is_seen_by_whoever_reads_it():
+    key, value = tokens(64, torch.bfloat16)
+    value[0, 0, 3, 5] = torch.inf
+    cache = lk.KVCache(2, 2, 64, 64, torch.bfloat16, quantised=True)
+    cache.append(key, value)
+    out = cache.attend(queries(1, torch.bfloat16), PLAIN)
+    assert out[0, :4].isnan().all()
+    assert out[0, 4:].isfinite().all()
+    assert out[1].isfinite().all()
+
+
+def test_a_change_of_regime_leaves_no_stale_phase():
+    cache, key, value = filled([100, 100], capacity=200)
+    more_key, more_value = tokens(1, seed=3)
+    query = queries(1)
+    before = cache.attend(query, LADDER)
+    assert torch.equal(before, lk.attention(query, key, value, PLAIN))
+    cache.append(more_key, more_value)
+    after = cache.attend(query, LADDER)
+    whole = [torch.cat(pair, 2) for pair in ((key, more_key), (value, more_value))]
+    assert torch.equal(after, lk.attention(query, *whole, LONG))
+
+
+def test_many_queries_read_what_one_at_a_time_reads():
+    cache, key, value = filled([300, 300])
+    query = queries(4)
+    together = cache.attend(query, LONG)
+    for t in range(4):
+        one = lk.attention(query[:, :, t : t + 1], key[:, :, : 297 + t], value[:, :, : 297 + t], LONG)
+        assert torch.allclose(together[:, :, t : t + 1], one, atol=2e-6)
+
+
+def test_released_pages_are_used_again():
+    cache, _, _ = filled([128, 128], page_tokens=64, capacity=128)
+    assert cache.free == []
+    cache.release(0)
+    assert sorted(cache.free) == [0, 1]
+    key, value = tokens(65, seed=4)
+    cache.append(key, value, torch.tensor([65, 0]))
+    assert cache.length.tolist() == [65, 128]
+    out = cache.attend(queries(1), PLAIN)
+    assert torch.equal(out[0], lk.attention(queries(1)[:1], key[:1], value[:1], PLAIN)[0])
+
+
+def test_an_empty_sequence_gives_zero():
+    cache = lk.KVCache(2, 2, 64, 10, torch.float32)
+    key, value = tokens(3)
+    cache.append(key, value, torch.tensor([3, 0]))
+    out, lse = cache.attend(queries(1), PLAIN, return_lse=True)
+    assert (out[1] == 0).all()
+    assert (lse[1] == -torch.inf).all()
+    assert out[0].abs().sum() > 0
+
+
+def test_int8_takes_half_the_memory():
+    plain, quantised = (lk.KVCache(1, 8, 128, 4096, torch.bfloat16, q) for q in (False, True))
+    assert quantised.bytes < 0.56 * plain.bytes
+
+
+def test_the_ops_are_sound():
+    cache, _, _ = filled([40, 20], quantised=True)
+    pages = cache.pages
+    fields = (pages.key, pages.value, pages.block_table, pages.length)
+    scales = (pages.key_scale, pages.value_scale, pages.key_tail)
+    rotation = LONG.rotation(torch.zeros(2, dtype=torch.int32))
+    tables = [rotation.turns, rotation.base_turns, rotation.inv_freq, rotation.start_tokens]
+    tables += [rotation.attention_factor, rotation.regime_index]
+    numbers = (None, None, 0.125, True, -1, -1, 0.0, False, "")
+    torch.library.opcheck(torch.ops.longrope_kernels.attention_paged, (queries(2), *fields, *scales, *tables, *numbers))
+    key, value = tokens(3)
+    appended = (key, value, *fields, *scales, torch.tensor([3, 1]), "")
+    torch.library.opcheck(torch.ops.longrope_kernels.cache_append, appended)
+
+
+def bad_pages(**changes):
+    cache, _, _ = filled([100, 50], page_tokens=64, capacity=128)
+    return dataclasses.replace(cache.pages, **changes)
+
+
+@pytest.mark.parametrize(
+    ("pages", "message"),
+    [
+        ({"block_table": torch.tensor([[0, 9], [1, 2]], dtype=torch.int32)}, r"block_table: got page 9 for tokens 64"),
+        ({"block_table": torch.tensor([[0, -1], [1, 2]], dtype=torch.int32)}, r"block_table: got page -1"),
+        ({"length": torch.tensor([129, 0])}, r"length: got 129, expected values in \[0, 128\]"),
+        ({"length": torch.tensor([-1, 0])}, r"length: got -1"),
+        ({"block_table": torch.zeros(2, 2)}, r"block_table: got torch.float32 \(2, 2\), expected torch.int32"),
+        ({"key": torch.zeros(4, 2, 64, 64, dtype=torch.int8)}, r"value_pages: got torch.float32, expected int8 like"),
+        ({"key_scale": torch.zeros(1)}, r"key_scale: got a tensor beside torch.float32 pages"),
+        ({"value": torch.zeros(4, 2, 32, 64)}, r"value_pages: got shape \(4, 2, 32, 64\), expected that of key_pages"),
+    ],
+)
+def test_a_broken_cache_is_one_line_before_any_memory_is_touched(pages, message):
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        lk.attention_paged(queries(1), bad_pages(**pages), PLAIN)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_int8_cache_is_not_read_as_bf16():
+    cache, _, _ = filled([100, 50], torch.bfloat16, quantised=True)
+    with pytest.raises(ValueError, match="key_scale: got None beside int8 pages"):
+        lk.attention_paged(
+            queries(1, torch.bfloat16),
+            dataclasses.replace(cache.pages, key_scale=None, value_scale=None, key_tail=None),
+            PLAIN,
+        )
+    with pytest.raises(TypeError, match=r"key_tail: got torch.bfloat16, expected the dtype of query, torch.float32"):
+        cache.attend(queries(1), PLAIN)
+
+
+@pytest.mark.parametrize("page_tokens", [None, 64])
+def test_a_full_cache_refuses_and_stays_as_it_was(page_tokens):
+    cache, _, _ = filled([100, 100], page_tokens=page_tokens, capacity=128)
+    expected = cache.attend(queries(1), PLAIN)
+    with pytest.raises(ValueError, match="key: got 29 tokens for sequence 0, which has 100, expected at most 128"):
+        cache.append(*tokens(29))
+    assert cache.length.tolist() == [100, 100]
+    assert torch.equal(cache.attend(queries(1), PLAIN), expected)
+
+
+def test_a_pool_without_pages_refuses_and_keeps_those_it_has():
+    cache = lk.KVCache(2, 2, 64, 256, torch.float32, page_tokens=64, pages=3)
+    cache.append(*tokens(64))
+    with pytest.raises(ValueError, match="key: got 2 more pages needed, expected at most the 1 that are free"):
+        cache.append(*tokens(1))
+    assert cache.free == [2]
+    with pytest.raises(TypeError, match=r"key: got torch.float16, expected the dtype of the cache"):
+        cache.append(*tokens(1, torch.float16), torch.tensor([1, 0]))
+    assert cache.free == [2]
+    cache.append(*tokens(1), torch.tensor([1, 0]))
+    assert cache.length.tolist() == [65, 64]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_tokens": 32, "quantised": True}, "page_tokens: got 32, expected a multiple of 64"),
+        ({"pages": 4}, "pages: got 4, expected None without page_tokens"),
+        ({"dtype": torch.int8}, r"dtype: got torch.int8, expected .*quantised=True"),
+        ({"max_tokens": 0}, "max_tokens: got 0, expected an int >= 1"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        lk.KVCache(**({"batch": 1, "key_heads": 2, "head_dim": 64, "max_tokens": 128} | options))
