@@ -220,7 +220,12 @@ def attention_backward(
         fill = (0, pad(head_dim) - head_dim)
         rotated_query, rotated_key = (torch.nn.functional.pad(x, fill) for x in (query, key))
 
-    shared: dict[str, Any] = {"grad_out": grad_out, "lse": lse.contiguous(), "delta": delta, **strides("grad_out", grad_out)}
+    shared: dict[str, Any] = {
+        "grad_out": grad_out,
+        "lse": lse.contiguous(),
+        "delta": delta,
+        **strides("grad_out", grad_out),
+    }
     shared |= {"scale": geometry.scale, "WANT_TURNS": want_inv_freq and pairs > 0}
     partials: list[Tensor] = []
 
