@@ -1,0 +1,275 @@
+"""What the Triton kernels compile to, on a machine without a GPU: registers, spills, shared memory, instructions.
+
+    python -m bench.report_gpu [--quick] [--json FILE]
+
+Each kernel is compiled as a call on a GPU would launch it: the launches come from the backend's own plans, made for
+tensors on the meta device. Triton caches what it compiles by source, so a second run is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from longrope_kernels.backends.triton import plans
+from longrope_kernels.backends.triton.launch import Launch
+from longrope_kernels.bundles import Geometry, Rotation
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory that one program may have, in bytes.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+# The kernels that multiply matrices, and the instruction that says they do it on the tensor cores.
+MATMUL_KERNELS = ("forward_kernel", "decode_kernel", "backward_query_kernel", "backward_key_kernel")
+MATMUL = {"sm_80": ("ptx", r"mma\.sync"), "sm_90": ("ptx", r"wgmma\.mma_async"), "gfx942": ("amdgcn", r"v_mfma")}
+MATMUL["sm_100"] = ("ptx", r"tcgen05\.mma|mma\.sync")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: its head, dtype and features."""
+
+    target: str
+    op: str  # "rope", "forward", "in tile", "decode", "decode at positions", "backward"
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    rotary_dim: int | None = None
+    interleaved: bool = False
+    general: bool = False  # window, softcap, explicit positions, padding, and the gradient of the frequencies
+
+    @property
+    def label(self) -> str:
+        """The case in words, without its target."""
+        extra = [f"rotary {self.rotary_dim}"] * (self.rotary_dim is not None)
+        extra += ["interleaved"] * self.interleaved + ["general"] * self.general
+        return ", ".join([self.op, f"head_dim {self.head_dim}", str(self.dtype).removeprefix("torch."), *extra])
+
+
+def launches(case: Case) -> list[Launch]:
+    """Return what the call launches on the case's target."""
+    meta: dict[str, Any] = {"device": "meta"}
+    batch, query_heads, key_heads, tokens = 1, 32, 8, 16384
+    rotary_dim = case.head_dim if case.rotary_dim is None else case.rotary_dim
+    queries = {"decode": 1, "decode at positions": 1, "in tile": 40}.get(case.op, tokens)
+    query = torch.empty(batch, query_heads, queries, case.head_dim, dtype=case.dtype, **meta)
+    key = torch.empty(batch, key_heads, tokens, case.head_dim, dtype=case.dtype, **meta)
+    table = torch.empty(2, rotary_dim // 2, dtype=torch.int64, **meta)
+    one = torch.empty(2, dtype=torch.int64, **meta)
+    rotation = Rotation(
+        table, table, table.double(), one, one.float(), torch.empty(batch, dtype=torch.int32, **meta), case.interleaved
+    )
+    positions = [torch.empty(batch, n, dtype=torch.int64, **meta) for n in (queries, tokens)]
+    lengths = torch.empty(batch, dtype=torch.int64, **meta)
+    general = case.general
+    geometry = Geometry(
+        positions[0] if general else None,
+        positions[1] if (general and case.op != "decode") or case.op == "decode at positions" else None,
+        None,
+        lengths if general else None,
+        lengths if general else None,
+        0.1,
+        True,
+        4095 if general else -1,
+        -1,
+        30.0 if general else 0.0,
+    )
+    if case.op == "rope":
+        return [plans.rotate(key, rotation, positions[1], None, False, case.target)[1]]
+    if case.op != "backward":
+        return plans.attention(query, key, key, rotation, geometry, case.target)[2]
+    lse = torch.empty(query.shape[:-1], **meta)
+    return plans.attention_backward(
+        query, lse if general else None, query, key, key, query, lse, rotation, geometry, general, case.target
+    )[2]
+
+
+def compile_launch(launch: Launch, target: str) -> Any:
+    """Compile a launch for a target, specialised on its arguments as Triton's launcher would."""
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one kernel of one case compiled to."""
+
+    target: str
+    case: str
+    kernel: str
+    tile: str
+    warps: int
+    stages: int
+    registers: int  # a thread; on AMD vector registers, accumulators included
+    spill_bytes: int  # local memory of a thread, for spills or anything else
+    shared_bytes: int
+    matmuls: int  # tensor-core instructions
+    instructions: int
+
+
+def report(launch: Launch, target: str, label: str) -> Report:
+    """Compile a launch and read what it takes."""
+    compiled = compile_launch(launch, target)
+    read = _amd if target.startswith("gfx") else _nvidia
+    registers, spill_bytes, instructions = read(compiled)
+    kind, pattern = MATMUL[target]
+    return Report(
+        target,
+        label,
+        launch.name,
+        f"{launch.config.rows} x {launch.config.keys}" if launch.config.keys else str(launch.config.rows),
+        launch.config.warps,
+        launch.config.stages,
+        registers,
+        spill_bytes,
+        int(compiled.metadata.shared),
+        len(re.findall(pattern, compiled.asm[kind])),
+        instructions,
+    )
+
+
+def _nvidia(compiled: Any) -> tuple[int, int, int]:
+    """Registers, bytes of local memory and instructions, from the cubin."""
+    tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    stack, local = (int(_one(rf"{name}:(\d+)", usage)) for name in ("STACK", "LOCAL"))
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", sass, re.MULTILINE)
+    return int(_one(r"REG:(\d+)", usage)), max(stack, local), len(code)
+
+
+def _amd(compiled: Any) -> tuple[int, int, int]:
+    """Registers, bytes of scratch and instructions, from the assembly's metadata."""
+    text = compiled.asm["amdgcn"]
+    code = re.findall(r"^\t[sv]_|^\t(?:ds|buffer|global|flat|scratch)_", text, re.MULTILINE)
+    return (
+        int(_one(r"\.vgpr_count:\s+(\d+)", text)),
+        int(_one(r"\.private_segment_fixed_size:\s+(\d+)", text)),
+        len(code),
+    )
+
+
+def _one(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern} in the compiler's report"
+    return found.group(1)
+
+
+OPS = ("rope", "forward", "in tile", "decode", "decode at positions", "backward")
+
+
+def quick_cases() -> Iterator[Case]:
+    """The sample of `make test`: what a Llama-like model runs, on each target."""
+    for target in TARGETS:
+        yield Case(target, "forward")
+    yield Case("sm_80", "decode")
+    yield Case("sm_90", "decode")
+    yield Case("sm_90", "backward")
+
+
+def all_cases() -> Iterator[Case]:
+    """Every configuration that the heuristics can choose."""
+    for target in TARGETS:
+        for op, head_dim in itertools.product(OPS, (64, 128, 256)):
+            yield Case(target, op, head_dim)
+        for op in OPS:
+            yield Case(target, op, 80)
+            yield Case(target, op, 96, torch.float16, general=True)
+            yield Case(target, op, 128, general=True, interleaved=True)
+            yield Case(target, op, 256, rotary_dim=64)
+            yield Case(target, op, 64, torch.float32)
+            yield Case(target, op, 128, torch.float32, general=True)
+            yield Case(target, op, 256, torch.float32)
+
+
+def reports(cases: Iterator[Case]) -> Iterator[Report]:
+    """Compile the cases, each kernel of each once: launches that differ in nothing compiled are skipped."""
+    seen = set()
+    for case in cases:
+        for launch in launches(case):
+            constants = tuple((p.name, str(launch.arguments[p.name])) for p in launch.kernel.params if p.is_constexpr)
+            key = (case.target, launch.name, case.dtype, launch.config, constants)
+            if key not in seen:
+                seen.add(key)
+                yield report(launch, case.target, case.label)
+
+
+def table(rows: list[Report]) -> str:
+    """The reports as text."""
+    head = ("target", "kernel", "case", "tile", "warps", "stages", "regs", "spill B", "shared kB", "matmul", "instr")
+    lines = [head]
+    for r in rows:
+        shared = f"{r.shared_bytes / 1024:.1f}"
+        numbers = (r.warps, r.stages, r.registers, r.spill_bytes, shared, r.matmuls, r.instructions)
+        lines.append((r.target, r.kernel, r.case, r.tile, *map(str, numbers)))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the sample of the test suite")
+    parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
+    parser.add_argument("--target", choices=list(TARGETS), help="one target only")
+    parser.add_argument("--op", choices=OPS, help="one op only")
+    arguments = parser.parse_args()
+    cases = quick_cases() if arguments.quick else all_cases()
+    wanted = (c for c in cases if arguments.target in (None, c.target) and arguments.op in (None, c.op))
+    rows = []
+    for row in reports(wanted):
+        rows.append(row)
+        print(table([row]).splitlines()[-1], flush=True)
+    print("\n" + table(rows))
+    if arguments.json:
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        arguments.json.write_text(json.dumps({"versions": versions, "kernels": [asdict(r) for r in rows]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
