@@ -66,8 +66,10 @@ def test_configurations_depend_on_rows_not_on_keys():
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("width", [32, 64, 128, 256, 512])
 def test_configurations_are_tiles_that_kernels_take(target, itemsize, width):
-    chosen = [configs.decode(target, width, itemsize, rows) for rows in (1, 17, 64)]
-    chosen += [f(target, width, itemsize) for f in (configs.forward, configs.backward_query, configs.backward_key)]
+    chosen = [configs.forward_split(target, width, itemsize, rows) for rows in (1, 17, 64)]
+    chosen += [configs.backward_key(target, width, itemsize, extras) for extras in (False, True)]
+    plain = (configs.forward, configs.decode, configs.backward_query)
+    chosen += [function(target, width, itemsize) for function in plain]
     for config in chosen:
         for tile in (config.rows, config.keys):
             assert tile >= 16

@@ -48,6 +48,11 @@ def splits_keys(rows: int) -> bool:
     return rows <= SPLIT_ROWS
 
 
+def shares_rotations(query_tokens: int, group: int, key_positions: bool) -> bool:
+    """Whether `decode_kernel` takes a call whose keys are split: one angle for all rows, keys in order."""
+    return query_tokens == 1 and group <= 16 and not key_positions
+
+
 def rotates_in_tile(row_blocks: int) -> bool:
     """Whether keys are rotated where they are read, or once into a scratch copy.
 
@@ -79,13 +84,20 @@ def forward(target: str, head_width: int, itemsize: int) -> Config:
     return Config(128, 64, 8, 2) if head_width <= 256 else Config(64, 32, 4, 2)
 
 
-def decode(target: str, head_width: int, itemsize: int, rows: int) -> Config:
-    """Configuration of `decode_kernel`, and of `forward_kernel` where it splits keys."""
-    block = min(64, pad(rows))
+def decode(target: str, head_width: int, itemsize: int) -> Config:
+    """Configuration of `decode_kernel`: one token, 16 rows."""
+    if target == "interpreter":
+        return Config(16, 32, 4, 1)
+    # Two programs a multiprocessor up to 256 bytes a key: 245 registers, 44 kB.
+    return Config(16, 32, 4 if head_width * itemsize <= 256 else 8, 1 if target == "gfx942" else 3)
+
+
+def forward_split(target: str, head_width: int, itemsize: int, rows: int) -> Config:
+    """Configuration of `forward_kernel` where it splits keys, and rotates them in the tile."""
+    block = min(SPLIT_ROWS, pad(rows))
     if target == "interpreter":
         return Config(block, 32, 4, 1)
-    keys = 64 if head_width * itemsize <= 256 else 32
-    return Config(block, keys, 4, 1 if target == "gfx942" else 3 if head_width * itemsize <= 512 else 2)
+    return Config(block, 32, 4 if head_width <= 64 else 8, 1 if target == "gfx942" else 2)
 
 
 def backward_query(target: str, head_width: int, itemsize: int) -> Config:
@@ -99,15 +111,22 @@ def backward_query(target: str, head_width: int, itemsize: int) -> Config:
     return Config(128, 64, 8, 2) if head_width <= 64 else Config(64, 64, 4 if target == "sm_80" else 8, 2)
 
 
-def backward_key(target: str, head_width: int, itemsize: int) -> Config:
-    """Configuration of the kernel that computes d key and d value: keys stay, rows pass."""
+def backward_key(target: str, head_width: int, itemsize: int, extras: bool) -> Config:
+    """Configuration of the kernel that computes d key and d value: keys stay, rows pass.
+
+    `extras`: a softcap or the gradient of the frequencies, which want registers of their own.
+    """
     if target == "interpreter":
         return Config(32, 64, 4, 1)
     if itemsize == 4 or head_width > 128:
         return Config(32, 32, 4, 1)
     if target == "gfx942":
         return Config(32, 64, 4, 1)
-    return Config(64, 128, 8, 2) if head_width <= 64 else Config(32 if target == "sm_80" else 64, 64, 8, 2)
+    if target == "sm_80":
+        return Config(32, 64, 8, 2) if head_width <= 64 else Config(16, 64, 8, 2)
+    if head_width <= 64 or (target == "sm_90" and not extras):
+        return Config(32, 128, 8, 2)
+    return Config(32, 64, 8, 2) if target == "sm_90" else Config(64, 64, 8, 2)
 
 
 def delta(target: str) -> Config:

@@ -1,12 +1,14 @@
-"""Attention of a few query rows over many keys, split over the keys; and the merge of the partial results.
+"""Attention of one token over many keys, split over the keys; and the merge of the partial results of split keys.
 
-A program takes one run of SPLIT keys of one (sequence, key head), for all query rows that share it. Keys at
+A program takes one run of SPLIT keys of one (sequence, key head), for the query heads that share it. Keys at
 consecutive positions share their rotation: the cos and sin of j = 0, 1, ... BLOCK_KEYS - 1 are computed once and stay
 in registers; for each block, which starts at position p0, the query is rotated by its distance to p0 and key p0 + j by
 the angle of j. No cos or sin is computed for a key, and no table is read. A run is cut at n-hat, where frequencies
 change; the block that n-hat falls in is visited from both sides, each side seeing its own keys.
 
-Keys at explicit positions have no such order: `forward_kernel` with SPLIT takes those.
+The query stays in registers in its own dtype, and all rows share one angle: fp32 rows with a phase each spilled.
+Several tokens, more than 16 query heads of a key head, and keys at explicit positions go to `forward_kernel`, with
+SPLIT.
 
 Bytes: each key and value once, for all rows; partial results are 4 head_dim bytes a row and run, under 2% of the keys
 for 8 rows. Operations per key and pair of dims: 6 and two roundings. Bound by memory.
@@ -26,7 +28,6 @@ from .tiles import (
     load_frequency,
     load_pairs,
     phase_of,
-    row_offsets,
     scores_of,
     store_dims,
     visible_keys,
@@ -42,8 +43,6 @@ def walk_run(
     b,
     query_phase,
     q_rest,
-    low,
-    high,
     begin,
     end,
     keys,
@@ -85,21 +84,21 @@ def walk_run(
             k_a, k_b = load_pairs(key_rows, inside, PAIRS, PAIR_BLOCK, INTERLEAVED, True)
             x = k_a.to(tl.float32)
             y = k_b.to(tl.float32)
-            distance = query_phase - phase_of(tl.full((1,), first, tl.int64), frequency)[None, :]
-            c, s = cos_sin(distance)
+            c, s = cos_sin(query_phase - phase_of(tl.full((1,), first, tl.int64), frequency))
             # Both sides' attention factor is applied here.
-            c = c * factor
-            s = s * factor
-            q_a = (a * c - b * s).to(k_a.dtype)
-            q_b = (b * c + a * s).to(k_a.dtype)
+            c = (c * factor)[None, :]
+            s = (s * factor)[None, :]
+            q_a = (a.to(tl.float32) * c - b.to(tl.float32) * s).to(k_a.dtype)
+            q_b = (b.to(tl.float32) * c + a.to(tl.float32) * s).to(k_a.dtype)
             k_a = (x * key_cos - y * key_sin).to(q_a.dtype)
             k_b = (y * key_cos + x * key_sin).to(q_a.dtype)
         if HAS_REST:
             k_rest = load_dims(key_rows, inside, 2 * PAIRS, HEAD_DIM - 2 * PAIRS, REST_BLOCK, True)
         scores = scores_of(q_a, q_b, q_rest, k_a, k_b, k_rest, HAS_ROPE, HAS_REST)
-        visible = inside[None, :] & (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
         v = load_dims(values + index.to(tl.int64) * value_token_stride, inside, 0, HEAD_DIM, VALUE_BLOCK, True)
-        acc, top, total = softmax_step(scores, visible, acc, top, total, v, scale_log2, cap_slope, cap_log2, HAS_CAP)
+        acc, top, total = softmax_step(
+            scores, inside[None, :], acc, top, total, v, scale_log2, cap_slope, cap_log2, HAS_CAP
+        )
     return acc, top, total
 
 
@@ -121,7 +120,6 @@ def decode_kernel(
     key_length,
     query_batch_stride,
     query_head_stride,
-    query_token_stride,
     key_batch_stride,
     key_head_stride,
     key_token_stride,
@@ -131,8 +129,6 @@ def decode_kernel(
     query_positions_stride,
     key_heads,
     group,
-    query_tokens,
-    row_blocks,
     splits,
     window_left,
     window_right,
@@ -156,33 +152,26 @@ def decode_kernel(
     HAS_ROPE: tl.constexpr = PAIRS > 0
     HAS_REST: tl.constexpr = HEAD_DIM > 2 * PAIRS
     program = tl.program_id(0)
-    row_block = program % row_blocks
-    head = (program // row_blocks) % key_heads
-    sequence = (program // row_blocks // key_heads).to(tl.int64)
+    head = program % key_heads
+    sequence = (program // key_heads).to(tl.int64)
     split = tl.program_id(1)
 
     length = tl.load(key_length + sequence)
-    query_index = tl.load(query_start + sequence)
+    index = tl.load(query_start + sequence)
     first_key = tl.load(key_start + sequence)
-    rows = query_tokens * group
-    first_row = row_block * BLOCK_ROWS
-    row = first_row + tl.arange(0, BLOCK_ROWS)
-    in_rows = row < rows
-    index = query_index + row // group
-    low, high = visible_keys(index, length, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-    begin, _ = visible_keys(query_index + first_row // group, length, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-    last_row = tl.minimum(first_row + BLOCK_ROWS, rows) - 1
-    _, end = visible_keys(query_index + last_row // group, length, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+    row = tl.arange(0, BLOCK_ROWS)
+    in_rows = row < group
+    begin, end = visible_keys(index, length, window_left, window_right, HAS_LEFT, HAS_RIGHT)
     begin = tl.maximum(begin, split * SPLIT)
     end = tl.minimum(end, (split + 1) * SPLIT)
-    place = (((sequence * key_heads + head) * splits + split) * rows + row).to(tl.int64)
+    place = ((sequence * key_heads + head) * splits + split) * group + row
 
     acc = tl.zeros((BLOCK_ROWS, VALUE_BLOCK), tl.float32)
     top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     if begin < end:
         query_rows = query + sequence * query_batch_stride
-        query_rows += row_offsets(row, head, group, query_head_stride, query_token_stride)
+        query_rows += (head * group + row).to(tl.int64) * query_head_stride
         keys = key + sequence * key_batch_stride + head.to(tl.int64) * key_head_stride + first_key * key_token_stride
         values = value + sequence * value_batch_stride + head.to(tl.int64) * value_head_stride
         values += first_key * value_token_stride
@@ -204,12 +193,9 @@ def decode_kernel(
             border = tl.minimum(tl.maximum(start, begin), end).to(tl.int32)
             at = index
             if HAS_QUERY_POSITIONS:
-                at = tl.load(query_positions + sequence * query_positions_stride + row // group, mask=in_rows, other=0)
-            at_frequency = tl.where((at < start)[:, None], base_frequency[None, :], frequency[None, :])
-            query_phase = phase_of(at[:, None], at_frequency)
+                at = tl.load(query_positions + sequence * query_positions_stride)
+            query_phase = phase_of(at, tl.where(at < start, base_frequency, frequency))
             a, b = load_pairs(query_rows, in_rows, PAIRS, PAIR_BLOCK, INTERLEAVED, True)
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
         if HAS_REST:
             q_rest = load_dims(query_rows, in_rows, 2 * PAIRS, HEAD_DIM - 2 * PAIRS, REST_BLOCK, True)
         for side in tl.static_range(2):
@@ -232,8 +218,6 @@ def decode_kernel(
                         b,
                         query_phase,
                         q_rest,
-                        low,
-                        high,
                         from_key,
                         to_key,
                         keys,

@@ -109,7 +109,11 @@ def attention(
     row_width = max(width(head_dim, pairs), pad(head_dim))
     launches = []
     if configs.splits_keys(rows):
-        config = configs.decode(target, row_width, query.element_size(), rows)
+        shares = configs.shares_rotations(query_tokens, group, geometry.key_positions is not None)
+        if shares:
+            config = configs.decode(target, row_width, query.element_size())
+        else:
+            config = configs.forward_split(target, row_width, query.element_size(), rows)
         splits = max(1, -(-key_tokens // configs.SPLIT_KEYS))
         partial = query.new_empty((batch, key_heads, splits, rows, head_dim), dtype=torch.float32)
         partial_lse = query.new_empty((batch, key_heads, splits, rows), dtype=torch.float32)
@@ -117,8 +121,10 @@ def attention(
         row_blocks = arguments["row_blocks"]
         grid = (batch * key_heads * row_blocks, splits)
         arguments |= {"splits": splits, "SPLIT": configs.SPLIT_KEYS}
-        if geometry.key_positions is None:
+        if shares:
             for name in ("key_positions", "key_positions_stride", "HAS_KEY_POSITIONS"):
+                del arguments[name]
+            for name in ("query_token_stride", "query_tokens", "row_blocks"):
                 del arguments[name]
             arguments |= {"partial": partial, "partial_lse": partial_lse}
             launches.append(Launch(decode_kernel, grid, arguments, config))
@@ -245,7 +251,7 @@ def attention_backward(
         del arguments[name]
     launches.append(Launch(backward_query_kernel, (batch * key_heads * row_blocks,), arguments, config))
 
-    config = configs.backward_key(target, row_width, query.element_size())
+    config = configs.backward_key(target, row_width, query.element_size(), shared["WANT_TURNS"] or geometry.softcap > 0)
     key_blocks = -(-key_tokens // config.keys)
     arguments = _attention_arguments(rotated_query, rotated_key, value, rotation, geometry, config)
     arguments |= shared | head_constants(query, rotation) | {"VALUE_BLOCK": pad(head_dim)}
