@@ -14,6 +14,7 @@ import json
 import pathlib
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -46,7 +47,12 @@ POINTERS = {
 }
 # The kernels that multiply matrices, and the instruction that says they do it on the tensor cores.
 MATMUL_KERNELS = ("forward_kernel", "decode_kernel", "backward_query_kernel", "backward_key_kernel")
-MATMUL = {"sm_80": ("ptx", r"mma\.sync"), "sm_90": ("ptx", r"wgmma\.mma_async"), "gfx942": ("amdgcn", r"v_mfma")}
+# On sm_90 tiles of fewer than 64 rows, those of decode, are too small for wgmma and take mma.sync.
+MATMUL = {
+    "sm_80": ("ptx", r"mma\.sync"),
+    "sm_90": ("ptx", r"wgmma\.mma_async|mma\.sync"),
+    "gfx942": ("amdgcn", r"v_mfma"),
+}
 MATMUL["sm_100"] = ("ptx", r"tcgen05\.mma|mma\.sync")
 
 
@@ -264,8 +270,9 @@ def main() -> None:
     rows = []
     for row in reports(wanted):
         rows.append(row)
-        print(table([row]).splitlines()[-1], flush=True)
-    print("\n" + table(rows))
+        print(f"\r{len(rows)} kernels compiled", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    print(table(rows))
     if arguments.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         arguments.json.write_text(json.dumps({"versions": versions, "kernels": [asdict(r) for r in rows]}, indent=1))

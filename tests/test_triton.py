@@ -58,8 +58,8 @@ def test_configurations_depend_on_rows_not_on_keys():
     assert configs.splits_keys(1)
     assert configs.splits_keys(configs.SPLIT_ROWS)
     assert not configs.splits_keys(configs.SPLIT_ROWS + 1)
-    assert configs.rotates_in_tile(1)
-    assert not configs.rotates_in_tile(64)
+    assert configs.rotates_in_tile(configs.IN_TILE_ROWS)
+    assert not configs.rotates_in_tile(configs.IN_TILE_ROWS + 1)
 
 
 @pytest.mark.parametrize("target", configs.TARGETS)
@@ -67,8 +67,8 @@ def test_configurations_depend_on_rows_not_on_keys():
 @pytest.mark.parametrize("width", [32, 64, 128, 256, 512])
 def test_configurations_are_tiles_that_kernels_take(target, itemsize, width):
     chosen = [configs.forward_split(target, width, itemsize, rows) for rows in (1, 17, 64)]
-    chosen += [configs.backward_key(target, width, itemsize, extras) for extras in (False, True)]
-    plain = (configs.forward, configs.decode, configs.backward_query)
+    chosen += [f(target, width, itemsize, flag) for f in (configs.forward, configs.backward_key) for flag in (0, 1)]
+    plain = (configs.decode, configs.backward_query)
     chosen += [function(target, width, itemsize) for function in plain]
     for config in chosen:
         for tile in (config.rows, config.keys):

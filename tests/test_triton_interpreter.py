@@ -110,7 +110,7 @@ def test_keys_are_rotated_alike_in_the_tile_and_in_scratch(monkeypatch):
     q, k, v = operands(queries=100)
     outs = []
     for in_tile in (True, False):
-        monkeypatch.setattr(configs, "rotates_in_tile", lambda blocks, in_tile=in_tile: in_tile)
+        monkeypatch.setattr(configs, "rotates_in_tile", lambda rows, in_tile=in_tile: in_tile)
         outs.append(lk.attention(q, k, v, scaling(interleaved=True), backend="triton"))
     assert torch.allclose(*outs, rtol=0, atol=1e-6)
 

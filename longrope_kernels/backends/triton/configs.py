@@ -27,8 +27,8 @@ class Config:
 SPLIT_KEYS = 512
 # Up to this many rows (query tokens x query heads that share a key head) keys are split: one row block sees them all.
 SPLIT_ROWS = 64
-# Keys are rotated in the tile up to this many row blocks of a key head, see `rotates_in_tile`.
-IN_TILE_ROW_BLOCKS = 2
+# Keys are rotated in the tile up to this many rows, see `rotates_in_tile`.
+IN_TILE_ROWS = 256
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 
@@ -53,35 +53,39 @@ def shares_rotations(query_tokens: int, group: int, key_positions: bool) -> bool
     return query_tokens == 1 and group <= 16 and not key_positions
 
 
-def rotates_in_tile(row_blocks: int) -> bool:
+def rotates_in_tile(rows: int) -> bool:
     """Whether keys are rotated where they are read, or once into a scratch copy.
 
     In the tile a key is rotated once per row block: about 35 operations a pair on the general cores, beside 2 * rows
     multiply-adds a pair of the first product on the tensor cores. At 128 rows and a ratio of rates near 16 (dense bf16
     to fp32 on sm_80 and sm_90) that is as long again as the product itself, and it does not overlap well, being
     upstream of it. A scratch copy costs 4 head_dim bytes of traffic a key (1.4 us for 1,000 keys of 8 heads of 128 at
-    3 TB/s) and a launch, about 3 us, once. One or two row blocks spend no more on rotating twice than on the copy.
+    3 TB/s) and a launch, about 3 us, once. One or two blocks of 128 rows spend no more on rotating twice than on the
+    copy.
     """
-    return row_blocks <= IN_TILE_ROW_BLOCKS
+    return rows <= IN_TILE_ROWS
 
 
-def forward(target: str, head_width: int, itemsize: int) -> Config:
-    """Configuration of `forward_kernel`; `head_width` is the larger of the padded row and the padded head."""
+def forward(target: str, head_width: int, itemsize: int, plain: bool) -> Config:
+    """Configuration of `forward_kernel`.
+
+    Args:
+        head_width: the larger of the padded row and the padded head.
+        plain: no softcap and no rotation in the tile, which want registers of their own.
+    """
     if target == "interpreter":
         return Config(64, 32, 4, 1)
     if itemsize == 4:
-        return Config(64, 32, 4, 2) if head_width <= 128 else Config(32, 32, 4, 1)
+        return Config(32, 32, 8, 1) if head_width <= 128 else Config(32, 16, 8, 1)
     if target == "gfx942":
         return Config(128, 64, 4, 1) if head_width <= 128 else Config(64, 32, 4, 1)
-    if target == "sm_80":
-        if head_width <= 64:
-            return Config(128, 64, 4, 3)
-        return Config(128, 64, 8, 2) if head_width <= 128 else Config(64, 32, 4, 2)
     if head_width <= 64:
-        return Config(128, 64, 4, 3)
+        return Config(128, 64, 4, 3) if plain else Config(128, 64, 8, 3)
     if head_width <= 128:
-        return Config(128, 128, 8, 2)
-    return Config(128, 64, 8, 2) if head_width <= 256 else Config(64, 32, 4, 2)
+        return Config(128, 128 if plain and target != "sm_80" else 64, 8, 2)
+    if head_width <= 256:
+        return Config(128 if plain and target != "sm_80" else 64, 64, 8, 2)
+    return Config(64, 32, 8, 2)
 
 
 def decode(target: str, head_width: int, itemsize: int) -> Config:
@@ -89,7 +93,8 @@ def decode(target: str, head_width: int, itemsize: int) -> Config:
     if target == "interpreter":
         return Config(16, 32, 4, 1)
     # Two programs a multiprocessor up to 256 bytes a key: 245 registers, 44 kB.
-    return Config(16, 32, 4 if head_width * itemsize <= 256 else 8, 1 if target == "gfx942" else 3)
+    wide = head_width * itemsize
+    return Config(16, 32 if wide < 1024 else 16, 4 if wide <= 256 else 8, 1 if target == "gfx942" else 3)
 
 
 def forward_split(target: str, head_width: int, itemsize: int, rows: int) -> Config:
@@ -97,6 +102,8 @@ def forward_split(target: str, head_width: int, itemsize: int, rows: int) -> Con
     block = min(SPLIT_ROWS, pad(rows))
     if target == "interpreter":
         return Config(block, 32, 4, 1)
+    if itemsize == 4:
+        return Config(min(block, 32), 16, 8, 1)
     return Config(block, 32, 4 if head_width <= 64 else 8, 1 if target == "gfx942" else 2)
 
 
@@ -104,11 +111,13 @@ def backward_query(target: str, head_width: int, itemsize: int) -> Config:
     """Configuration of the kernel that computes d query: rows stay, keys pass."""
     if target == "interpreter":
         return Config(64, 32, 4, 1)
-    if itemsize == 4 or head_width > 128:
-        return Config(32, 32, 4, 1)
+    if itemsize == 4:
+        return Config(32, 32, 8, 1) if head_width <= 128 else Config(16, 16, 8, 1)
+    if head_width > 128:
+        return Config(32, 32, 8 if target == "gfx942" else 4, 1)
     if target == "gfx942":
         return Config(64, 32, 4, 1)
-    return Config(128, 64, 8, 2) if head_width <= 64 else Config(64, 64, 4 if target == "sm_80" else 8, 2)
+    return Config(128, 64, 8, 2) if head_width <= 64 else Config(64, 64, 8, 2)
 
 
 def backward_key(target: str, head_width: int, itemsize: int, extras: bool) -> Config:
@@ -118,15 +127,19 @@ def backward_key(target: str, head_width: int, itemsize: int, extras: bool) -> C
     """
     if target == "interpreter":
         return Config(32, 64, 4, 1)
-    if itemsize == 4 or head_width > 128:
-        return Config(32, 32, 4, 1)
+    if itemsize == 4:
+        if head_width <= 64:
+            return Config(32, 32, 8, 1)
+        return Config(16, 32 if head_width <= 128 and not extras else 16, 8, 1)
+    if head_width > 128:
+        return Config(32, 32, 8, 1 if target == "gfx942" else 2)
     if target == "gfx942":
         return Config(32, 64, 4, 1)
     if target == "sm_80":
         return Config(32, 64, 8, 2) if head_width <= 64 else Config(16, 64, 8, 2)
-    if head_width <= 64 or (target == "sm_90" and not extras):
-        return Config(32, 128, 8, 2)
-    return Config(32, 64, 8, 2) if target == "sm_90" else Config(64, 64, 8, 2)
+    if target == "sm_90":
+        return Config(16 if head_width > 64 and extras else 32, 128, 8, 2)
+    return Config(32, 128, 8, 2) if head_width <= 64 else Config(64, 64, 8, 2)
 
 
 def delta(target: str) -> Config:

@@ -148,9 +148,9 @@ def attention(
         launches.append(Launch(combine_kernel, (batch * key_heads * rows,), merge, Config(1, 16, 4, 1)))
         return out, lse, launches
 
-    config = configs.forward(target, row_width, query.element_size())
-    row_blocks = -(-rows // config.rows)
-    in_tile = configs.rotates_in_tile(row_blocks) or pairs == 0
+    in_tile = configs.rotates_in_tile(rows) or pairs == 0
+    plain = geometry.softcap == 0.0 and (pairs == 0 or not in_tile)
+    config = configs.forward(target, row_width, query.element_size(), plain)
     if not in_tile:
         _, key_start, _ = geometry.resolved(batch, query_tokens, key_tokens, query.device)
         key, launch = rotate(key, rotation, geometry.key_positions, -key_start, False, target, scratch=True)
@@ -158,7 +158,8 @@ def attention(
     arguments = _attention_arguments(query, key, value, rotation, geometry, config)
     arguments |= {"out": out, "lse": lse, **strides("out", out), "splits": 1, "SPLIT": 0, "ROTATE_KEY": in_tile}
     arguments["HAS_KEY_POSITIONS"] = arguments["HAS_KEY_POSITIONS"] and in_tile
-    launches.append(Launch(forward_kernel, (batch * key_heads * row_blocks,), arguments, config))
+    programs = batch * key_heads * arguments["row_blocks"]
+    launches.append(Launch(forward_kernel, (programs,), arguments, config))
     return out, lse, launches
 
 

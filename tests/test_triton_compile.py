@@ -1,0 +1,69 @@
+"""The Triton kernels compiled ahead of time for GPUs that are not here: no spills, tensor cores, shared memory."""
+
+import os
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted, not compiled", allow_module_level=True)
+
+from bench import report_gpu
+
+# Bytes of scratch memory a work-item that kernels with 16-bit operands may take on gfx942, where they take any.
+GFX942_CEILINGS: dict[str, int] = {}
+
+
+def check(row, dtype):
+    where = f"{row.target} {row.kernel} ({row.case}, tile {row.tile})"
+    assert row.shared_bytes <= report_gpu.SHARED_LIMIT[row.target], (
+        f"{where}: {row.shared_bytes} bytes of shared memory"
+    )
+    allowed = GFX942_CEILINGS.get(f"{row.kernel}, {row.case}", 0) if row.target == "gfx942" else 0
+    assert row.spill_bytes <= allowed, f"{where}: {row.spill_bytes} bytes of local memory"
+    if row.kernel in report_gpu.MATMUL_KERNELS and dtype != torch.float32:
+        assert row.matmuls > 0, f"{where}: no tensor-core instruction"
+
+
+def compile_all(cases):
+    checked = 0
+    for case in cases:
+        for row in report_gpu.reports(iter([case])):
+            check(row, case.dtype)
+            checked += 1
+    return checked
+
+
+def test_a_sample_compiles_without_spills_and_onto_tensor_cores():
+    assert compile_all(report_gpu.quick_cases()) >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", report_gpu.TARGETS)
+def test_every_configuration_compiles(target):
+    assert compile_all(case for case in report_gpu.all_cases() if case.target == target) >= 50
+
+
+def test_hopper_prefill_runs_on_wgmma_and_waits_for_nothing_but_its_loads():
+    for launch in report_gpu.launches(report_gpu.Case("sm_90", "forward")):
+        if launch.name == "forward_kernel":
+            ptx = report_gpu.compile_launch(launch, "sm_90").asm["ptx"]
+            assert re.search(r"wgmma\.mma_async\S*\.bf16\.bf16", ptx)
+            assert "cp.async" in ptx
+            assert not re.search(r"\b(sin|cos)\.approx", ptx)
+
+
+def test_strides_past_32_bits_are_64_bit_arguments():
+    case = report_gpu.Case("sm_80", "forward", head_dim=64)
+    launch = next(x for x in report_gpu.launches(case) if x.name == "forward_kernel")
+    for name in ("query", "key", "value"):
+        launch.arguments[f"{name}_token_stride"] = 2**33
+    compiled = report_gpu.compile_launch(launch, "sm_80")
+    assert len(re.findall(r"\.param \.u64", compiled.asm["ptx"])) >= len(
+        [x for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
+    )
+    for name in ("query", "key", "value"):
+        assert re.search(rf"%{name}_token_stride: i64\b", compiled.asm["ttir"]), name
