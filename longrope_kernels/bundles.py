@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def lse_dtype(query: Tensor) -> torch.dtype:
+    """Return the dtype of `lse` for a query: float32, float64 for a float64 query."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Rotation:
     """Tables of R rotary regimes over P = rotary_dim / 2 pairs, and the regime of each sequence of a batch of B.

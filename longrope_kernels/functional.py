@@ -269,11 +269,9 @@ def attention_varlen(
     query_at = checks.positions("query_positions", query_positions, 1, query.shape[0], query.device)
     key_at = checks.positions("key_positions", key_positions, 1, key.shape[0], query.device)
     if isinstance(scaling, LongRope) and regime_index is None:
-        lengths = key_bounds.diff()
-        for at, ends in ((key_at, key_bounds), (query_at, query_bounds)):
-            if at is not None:
-                farthest = _farthest(at[0], ends)
-                lengths = farthest if at is key_at else torch.maximum(lengths, farthest)
+        lengths = key_bounds.diff() if key_at is None else _farthest(key_at[0], key_bounds)
+        if query_at is not None:
+            lengths = torch.maximum(lengths, _farthest(query_at[0], query_bounds))
         regime_index = scaling.select_index(lengths)
     rotation = _rotation(scaling, regime_index, query, len(query_bounds) - 1)
     out, lse = ops_packed.attention_varlen(

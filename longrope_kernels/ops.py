@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends, checks
 from .backends.reference import inv_freq_gradient
-from .bundles import Geometry, Rotation
+from .bundles import Geometry, Rotation, lse_dtype
 
 
 @torch.library.custom_op("longrope_kernels::apply_rope", mutates_args=())
@@ -128,7 +128,7 @@ def attention(
 
 @attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=_lse_dtype(query))
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=lse_dtype(query))
 
 
 @torch.library.custom_op("longrope_kernels::attention_backward", mutates_args=())
@@ -230,7 +230,3 @@ def _attention_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[A
 
 
 attention.register_autograd(_attention_backward, setup_context=_attention_context)
-
-
-def _lse_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32

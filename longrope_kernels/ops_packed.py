@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .bundles import Geometry, Packing, Pages, Rotation
+from .bundles import Geometry, Packing, Pages, Rotation, lse_dtype
 
 
 @torch.library.custom_op("longrope_kernels::attention_varlen", mutates_args=())
@@ -48,8 +48,7 @@ def attention_varlen(
 
 @attention_varlen.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=dtype)
+    return query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=lse_dtype(query))
 
 
 @torch.library.custom_op("longrope_kernels::attention_varlen_backward", mutates_args=())
@@ -174,8 +173,7 @@ def attention_paged(
 
 @attention_paged.register_fake
 def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=dtype)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=lse_dtype(query))
 
 
 @torch.library.custom_op(

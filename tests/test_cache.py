@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import longrope_kernels as lk
 from longrope_kernels import backends, testing
 from longrope_kernels.backends.composed import gathered
+from longrope_kernels.bundles import KEY_GROUP
 
 PLAIN = lk.RopeScaling(head_dim=64, theta=1e4)
 LONG = PLAIN.replace(rescale_factors=[1.0 + i / 8 for i in range(32)], start_tokens=5, attention_factor=1.1)
@@ -105,6 +106,11 @@ def test_backends_quantise_to_the_same_bits(dtype):
         first, *others = (getattr(pages, name) for pages in held)
         for other in others:
             assert torch.equal(first, other), name
+
+
+@pytest.mark.skipif(backends.unavailable_reason("cpu") is not None, reason="the native module is not built")
+def test_python_and_the_kernels_agree_on_the_group_of_keys():
+    assert backends.load("cpu")._native.KEY_GROUP == KEY_GROUP
 
 
 def test_int8_keys_and_values_are_within_half_a_step():

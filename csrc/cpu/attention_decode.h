@@ -484,8 +484,8 @@ class Decoder {
         }
         look_ahead(w, key, count);
         if (tail) return attend_block_of<T, int8_t>(w, key, count, base, nullptr, largest, sums, out);
-        const float* scales = w.row.get() + width;
-        spread(key_scale(p, slot_of(p, w.b, key), w.head), w.row.get() + width);
+        float* scales = w.row.get() + width;
+        spread(key_scale(p, slot_of(p, w.b, key), w.head), scales);
         attend_block_of<int8_t, int8_t>(w, key, count, base, scales, largest, sums, out);
     }
 
@@ -501,8 +501,7 @@ class Decoder {
                 score_group<size.value, KeyT, false>(w, row, count, table, scales);
         });
         for (int r = 0; r < w.rows; ++r)
-            softmax_row(w, r, key, count, scales != nullptr || std::is_same_v<ValueT, int8_t>, largest, sums,
-                        out + r * columns);
+            softmax_row(w, r, key, count, std::is_same_v<ValueT, int8_t>, largest, sums, out + r * columns);
         by_group(w.rows, [&](int row, auto size) { add_values<size.value, ValueT>(w, row, count, out); });
     }
 

@@ -43,10 +43,6 @@ template <class T>
 struct Appender {
     const AppendParams& p;
 
-    Slot slot(int64_t b, int64_t index) const {
-        const Pages& pages = p.pages;
-        return {pages.block_table[b * pages.pages_per_sequence + index / pages.page_tokens], index % pages.page_tokens};
-    }
     template <class S>
     static S* written(const Operand& x, int64_t outer, int64_t head, int64_t token) {
         return const_cast<S*>(row_of<S>(x, outer, head, token));
@@ -56,7 +52,7 @@ struct Appender {
         const int64_t d = p.head_dim, bytes = d * static_cast<int64_t>(sizeof(T));
         for (int64_t t = 0; t < p.count[b]; ++t) {
             const int64_t index = p.length[b] + t;
-            const Slot to = slot(b, index);
+            const Slot to = slot_of(p.pages, b, index);
             const T *key = row_of<T>(p.key, b, head, t), *value = row_of<T>(p.value, b, head, t);
             if (p.pages.key_scale == nullptr) {
                 std::memcpy(static_cast<void*>(written<T>(p.key_pages, to.outer, head, to.token)), key, bytes);
@@ -75,8 +71,7 @@ struct Appender {
         const float scale = measured.value(), inverse = inverse_of(scale);
         int8_t* row = written<int8_t>(p.value_pages, to.outer, head, to.token);
         for (int64_t d = 0; d < p.head_dim; ++d) row[d] = quantise(widen(value[d]), inverse);
-        const_cast<float*>(p.pages.value_scale)[(to.outer * p.key_heads + head) * p.pages.page_tokens + to.token] =
-            scale;
+        const_cast<float*>(p.pages.value_scale)[value_scale_index(p.pages, to, p.key_heads, head)] = scale;
     }
 
     void quantise_group(int64_t b, int64_t head, int64_t first) const {
@@ -85,10 +80,9 @@ struct Appender {
             const T* row = row_of<T>(p.pages.key_tail, b, head, k);
             for (int64_t d = 0; d < p.head_dim; ++d) measured[d].add(widen(row[d]));
         }
-        const Slot group = slot(b, first);
-        const int64_t groups = p.pages.page_tokens / kKeyGroup;
-        float* scales = const_cast<float*>(p.pages.key_scale) +
-                        ((group.outer * p.key_heads + head) * groups + group.token / kKeyGroup) * p.head_dim;
+        const Slot group = slot_of(p.pages, b, first);
+        float* scales =
+            const_cast<float*>(p.pages.key_scale) + key_scale_index(p.pages, group, p.key_heads, head, p.head_dim);
         std::vector<float> inverse(p.head_dim);
         for (int64_t d = 0; d < p.head_dim; ++d) {
             scales[d] = measured[d].value();

@@ -49,10 +49,23 @@ struct Slot {
     int64_t outer, token;
 };
 
-inline Slot slot_of(const AttentionParams& p, int64_t b, int64_t index) {
-    const Pages& pages = p.pages;
-    if (pages.block_table == nullptr) return {b, p.key_start[b] + index};
+inline Slot slot_of(const Pages& pages, int64_t b, int64_t index) {
     return {pages.block_table[b * pages.pages_per_sequence + index / pages.page_tokens], index % pages.page_tokens};
+}
+
+inline Slot slot_of(const AttentionParams& p, int64_t b, int64_t index) {
+    return p.pages.block_table ? slot_of(p.pages, b, index) : Slot{b, p.key_start[b] + index};
+}
+
+// Where the scales of a slot lie: those of the channels of its group of keys, and that of its value.
+inline int64_t key_scale_index(const Pages& pages, const Slot& slot, int64_t key_heads, int64_t head,
+                               int64_t head_dim) {
+    const int64_t groups = pages.page_tokens / kKeyGroup;
+    return ((slot.outer * key_heads + head) * groups + slot.token / kKeyGroup) * head_dim;
+}
+
+inline int64_t value_scale_index(const Pages& pages, const Slot& slot, int64_t key_heads, int64_t head) {
+    return (slot.outer * key_heads + head) * pages.page_tokens + slot.token;
 }
 
 inline bool quantised(const AttentionParams& p) {
@@ -66,12 +79,11 @@ inline int64_t quantised_keys(const AttentionParams& p, int64_t b) {
 
 // Scales of the channels of the group that holds a slot, float[head_dim].
 inline const float* key_scale(const AttentionParams& p, const Slot& slot, int64_t head) {
-    const int64_t groups = p.pages.page_tokens / kKeyGroup;
-    return p.pages.key_scale + ((slot.outer * p.key_heads + head) * groups + slot.token / kKeyGroup) * p.head_dim;
+    return p.pages.key_scale + key_scale_index(p.pages, slot, p.key_heads, head, p.head_dim);
 }
 
 inline float value_scale(const AttentionParams& p, const Slot& slot, int64_t head) {
-    return p.pages.value_scale[(slot.outer * p.key_heads + head) * p.pages.page_tokens + slot.token];
+    return p.pages.value_scale[value_scale_index(p.pages, slot, p.key_heads, head)];
 }
 
 // Rotates key `index` and rounds it to T. `wide`: float[head_dim], for quantised keys.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..bundles import KEY_GROUP, Geometry, Packing, Pages, Rotation
+from ..bundles import KEY_GROUP, Geometry, Packing, Pages, Rotation, lse_dtype
 
 Attention = Callable[[Tensor, Tensor, Tensor, Rotation, Geometry], tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -47,8 +47,7 @@ def attention_varlen(
 ) -> tuple[Tensor, Tensor]:
     """Attend sequence by sequence: out like query [Tq, Hq, D], lse [Hq, Tq]."""
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = torch.zeros(query.shape[1], query.shape[0], dtype=lse_dtype, device=query.device)
+    lse = torch.zeros(query.shape[1], query.shape[0], dtype=lse_dtype(query), device=query.device)
     for b in range(packing.batch):
         rows, _, q, k, v, own, own_geometry = _sequence(b, query, key, value, rotation, geometry, packing)
         one, one_lse = attention(q, k, v, own, own_geometry)
@@ -120,7 +119,7 @@ def attention_paged(
     start = pages.length - query.shape[2] if geometry.query_start is None else geometry.query_start
     geometry = dataclasses.replace(geometry, key_length=pages.length, query_start=start)
     out, lse = attention(query.double(), key, value, rotation, geometry)
-    return out.to(query.dtype), lse if query.dtype == torch.float64 else lse.float()
+    return out.to(query.dtype), lse.to(lse_dtype(query))
 
 
 def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> None:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..bundles import Geometry, Packing, Pages, Rotation
+from ..bundles import Geometry, Packing, Pages, Rotation, lse_dtype
 from . import composed
 
 NAME = "reference"
@@ -147,14 +147,13 @@ def attention(
     """
     problem = _Problem(query, key, value, rotation, geometry)
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = torch.full(query.shape[:-1], -math.inf, dtype=lse_dtype, device=query.device)
+    lse = torch.full(query.shape[:-1], -math.inf, dtype=lse_dtype(query), device=query.device)
     for rows in problem.blocks():
         scores, _, _ = problem.scores(rows)
         row_lse = scores.logsumexp(-1)
         weights = torch.exp(scores - _finite(row_lse).unsqueeze(-1))
         out[:, :, rows] = (weights @ problem.value).to(query.dtype)
-        lse[:, :, rows] = row_lse.to(lse_dtype)
+        lse[:, :, rows] = row_lse.to(lse.dtype)
     return out, lse
 
 
