@@ -53,6 +53,7 @@ Monotone = Annotated[bool | None, typer.Option("--monotone/--no-monotone", help=
 StartTokens = Annotated[str | None, typer.Option(help="Choices of n-hat: 0, or 0,16,64, or paper. [paper]")]
 AttentionFactor = Annotated[str | None, typer.Option(help="A number, yarn, su or search. [1.0]")]
 Screen = Annotated[str | None, typer.Option(help="Screening lengths: 10240,12288, or none.")]
+ScreenDocuments = Annotated[int | None, typer.Option(help="Search documents a screen reads, the first. [all]")]
 ScreenKeep = Annotated[float | None, typer.Option(help="Share of candidates a screen lets pass. [0.34]")]
 ScreenControls = Annotated[int | None, typer.Option(help="Candidates it turns down, scored all the same. [0]")]
 PasskeyDepths = Annotated[str | None, typer.Option(help="Passkey retrieval at these depths: 0.1,0.5,0.9, or none.")]
@@ -124,6 +125,7 @@ def search(
     start_tokens: StartTokens = None,
     attention_factor: AttentionFactor = None,
     screen: Screen = None,
+    screen_documents: ScreenDocuments = None,
     screen_keep: ScreenKeep = None,
     screen_controls: ScreenControls = None,
     seed: Seed = None,
@@ -166,6 +168,7 @@ def extend(
     start_tokens: StartTokens = None,
     attention_factor: AttentionFactor = None,
     screen: Screen = None,
+    screen_documents: ScreenDocuments = None,
     screen_keep: ScreenKeep = None,
     screen_controls: ScreenControls = None,
     passkey_depths: PasskeyDepths = None,

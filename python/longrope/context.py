@@ -42,6 +42,7 @@ class Request:
     start_tokens: tuple[int, ...] = PAPER_START_TOKENS
     attention_factor: str = "1.0"
     screens: tuple[int, ...] = ()
+    screen_documents: int | None = None
     screen_keep: float = 0.34
     screen_controls: int = 0
     seed: int = 0

@@ -61,6 +61,10 @@ def open_run(
         names = {field.name for field in dataclasses.fields(Request)}
         before = {name: _tuples(value) for name, value in known.items() if name in names}
     request = Request(**{**before, **chosen.request, **given, "model": model, "to": to})
+    if request.screen_documents is not None and request.screen_documents > request.search_documents:
+        refuse(
+            "--screen-documents", request.screen_documents, f"at most the {request.search_documents} search documents"
+        )
     evolution_settings(request)
     attention_factors(request.attention_factor, 2.0, 2048)
     evaluations = budget if budget is not None or time_budget is not None else chosen.budget
@@ -130,7 +134,7 @@ def _parse(options: dict[str, Any]) -> dict[str, Any]:
     screen = parsed.pop("screen", None)
     if screen is not None:
         parsed["screens"] = integers("--screen", screen)
-    for name in ("search_documents", "heldout_documents", "windows_per_document"):
+    for name in ("search_documents", "heldout_documents", "windows_per_document", "screen_documents"):
         if parsed.get(name) is not None and parsed[name] < 1:
             refuse(f"--{name.replace('_', '-')}", parsed[name], "an int >= 1")
     keep = parsed.get("screen_keep")

@@ -25,7 +25,7 @@ class Preset:
 
 
 PRESETS = {
-    # SmolLM2-135M to 16,384 on 2 cores: about 20 minutes in all.
+    # SmolLM2-135M to 16,384 on 2 cores: about 25 minutes in all.
     "demo": Preset(
         {
             "search_documents": 2,
@@ -35,27 +35,31 @@ PRESETS = {
             "mutations": 4,
             "crossovers": 2,
             "parents": 3,
+            "screen_documents": 1,
+            "screen_keep": 0.3,
             "start_tokens": (0,),
             "attention_factor": "search",
         },
-        (0.25,),
+        (0.75,),
         budget=60,
-        minutes=11,
+        minutes=15,
     ),
     # The same in some hours, n-hat included.
     "full": Preset(
         {
             "search_documents": 2,
             "heldout_documents": 4,
-            "population": 10,
-            "iterations": 60,
+            "population": 12,
+            "iterations": 100,
             "mutations": 4,
             "crossovers": 4,
             "parents": 6,
+            "screen_documents": 1,
+            "screen_keep": 0.3,
             "screen_controls": 1,
             "attention_factor": "search",
         },
-        (0.25,),
+        (0.75,),
         minutes=180,
         passkey_depths=(0.1, 0.5, 0.9),
     ),

@@ -17,7 +17,7 @@ from longrope import cli, data, models
 SETTINGS = (
     *("--to", str(tiny.TARGET), "--dtype", "fp32", "--threads", "1"),
     *("--population", "6", "--iterations", "3", "--mutations", "3", "--crossovers", "2", "--parents", "3"),
-    *("--screen", "192", "--screen-controls", "1", "--seed", "7"),
+    *("--screen", "192", "--screen-documents", "1", "--screen-controls", "1", "--seed", "7"),
 )
 
 

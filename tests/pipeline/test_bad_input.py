@@ -61,6 +61,8 @@ def extend(command: Command, model_folder: Path, text_folder: Path, tmp_path: Pa
         (("--score-from", 200, "--screen", "192"), "--screen: got 192, expected lengths between 200"),
         (("--screen", "a,b"), "--screen: got 'a,b', expected ints separated by commas, or none"),
         (("--screen-keep", 0), "--screen-keep: got 0.0, expected a share above 0 and up to 1"),
+        (("--screen-documents", 0), "--screen-documents: got 0, expected an int >= 1"),
+        (("--screen-documents", 3), "--screen-documents: got 3, expected at most the 2 search documents"),
         (("--screen-controls", -1), "--screen-controls: got -1, expected an int >= 0"),
         (("--budget", 0), "--budget: got 0, expected a number of evaluations above 0"),
         (("--budget", 5), "--budget: got 5, expected at least 6: pi, ntk, yarn on every search document"),

@@ -93,7 +93,8 @@ def test_nothing_the_search_read_is_evaluated_on(extended: Run) -> None:
     for record in lines(extended):
         if record["stage"] in by_stage:
             by_stage[record["stage"]].add(record["window"])
-    assert all(len(windows) == 2 for windows in by_stage.values())
+    documents = {"search": 2, "screen": 1, "heldout": 2, "heldout short": 2}
+    assert {stage: len(windows) for stage, windows in by_stage.items()} == documents
     assert not (by_stage["search"] | by_stage["screen"]) & (by_stage["heldout"] | by_stage["heldout short"])
 
 

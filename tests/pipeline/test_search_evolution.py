@@ -105,6 +105,48 @@ def test_a_seed_that_cannot_be_beaten_wins() -> None:
     assert outcome.best.origin == "seed yarn"
 
 
+class Warm(Landscape):
+    """The landscape with a best attention factor, whatever the factors are."""
+
+    def __call__(self, candidate: Candidate) -> float:
+        return super().__call__(candidate) + 10 * (candidate.attention_factor - self.attention_factor) ** 2
+
+    attention_factor = 1.04
+
+
+def walked(evaluations: int | None = None, start: float = 1.1) -> tuple[Outcome, Warm]:
+    budget, landscape = Budget(evaluations), Warm(INCREASING)
+
+    def objective(candidate: Candidate) -> float:
+        budget.spend(100, 1.0)
+        return landscape(candidate)
+
+    choices = tuple(round(1 + 0.02 * step, 2) for step in range(8))
+    started = {name: dataclasses.replace(one, attention_factor=start) for name, one in seeds().items()}
+    settings = dataclasses.replace(SETTINGS, iterations=0)
+    there = dataclasses.replace(space(), attention_factors=choices)
+    outcome = evolve(there, started, objective, settings, affords=lambda counts: budget.affords({100: counts[-1]}))
+    return outcome, landscape
+
+
+@pytest.mark.parametrize("start", [1.0, 1.02, 1.04, 1.1, 1.14])
+def test_generation_0_walks_the_best_seed_to_the_best_attention_factor(start: float) -> None:
+    outcome, _ = walked(start=start)
+    walk = [one for one in outcome.scored if one.origin.startswith("attention factor of ")]
+    assert min([outcome.best_seed, *walk], key=lambda one: one.score).candidate.attention_factor == 1.04
+    assert {one.candidate.factors for one in walk} == {outcome.best_seed.candidate.factors}
+    assert len(walk) <= round(abs(start - 1.04) / 0.02) + 2
+    assert len(outcome.scored) == SETTINGS.population, "the walk is a part of generation 0"
+
+
+@pytest.mark.parametrize("evaluations", [3, 4, 5, 6])
+def test_a_budget_that_ends_during_the_walk_keeps_what_it_found(evaluations: int) -> None:
+    outcome, landscape = walked(evaluations)
+    assert len(landscape.calls) == len(outcome.scored) == evaluations
+    assert outcome.best.candidate.attention_factor == pytest.approx(1.1 - 0.02 * (evaluations - 3))
+    assert outcome.stopped == "the budget is spent"
+
+
 @pytest.mark.parametrize("evaluations", [3, 4, 17, 50, 200])
 def test_the_budget_is_spent_and_not_exceeded(evaluations: int) -> None:
     budget, landscape = Budget(evaluations), Landscape(INCREASING)

@@ -149,11 +149,11 @@ def screens(search: dict[str, Any]) -> Figure | None:
     with axes(height=3.6) as (figure, ax):
         for (screen, keys), color in zip(both, ("#4f86c6", "#3a9188", "#c58b2a", "#8a8f98"), strict=False):
             agreement = screen["agreement"]
-            label = f"{screen['length']:,} tokens: tau {agreement['tau']:.2f}, {agreement['pairs']} candidates"
+            label = f"{screen['where']}: tau {agreement['tau']:.2f}, {agreement['pairs']} candidates"
             x, y = [screen["scores"][key] for key in keys], [target[key]["score"] for key in keys]
             ax.plot(x, y, "o", color=color, markersize=5, label=label)
         title = "Do the screens rank as the target does?"
-        ax.set(xlabel="loss at the screening length", ylabel="loss at the target", title=title)
+        ax.set(xlabel="loss at the screen", ylabel="loss at the target", title=title)
         ax.legend(fontsize=9)
         return figure
 

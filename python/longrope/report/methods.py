@@ -57,16 +57,15 @@ def search_section(report: Report, drawn: dict[str, str]) -> str:
         parts.append(
             figure(
                 drawn["screens"],
-                "Shorter lengths only rank children; the target length decides. What a screen turned down has no "
-                "score at "
-                "the target, controls apart, so the agreement is measured among what it let pass.",
+                "Screens only rank children; all search documents at the target length decide. What a screen "
+                "turned down has no score there, controls apart, so the agreement is measured among what it let pass.",
             )
         )
     for screen in search["screens"]:
         found = screen["agreement"]
         dropped = screen["dropped_after_pairs"]
         parts.append(
-            f"<p>Screen at {screen['length']:,} tokens: Kendall's tau {found['tau']:.2f}, Spearman's rho "
+            f"<p>Screen at {screen['where']}: Kendall's tau {found['tau']:.2f}, Spearman's rho "
             f"{found['rho']:.2f} "
             f"over {found['pairs']} candidates; its favourite is number {found['favourite_rank']} at the target."
             + (f" Dropped after {dropped} candidates: its ranks did not agree." if dropped else "")

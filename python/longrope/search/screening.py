@@ -1,4 +1,4 @@
-"""Shorter lengths that rank candidates before the target length decides, and the test whether they mislead."""
+"""Less text that ranks candidates before all of it decides, and the test whether that misleads."""
 
 from __future__ import annotations
 
@@ -16,18 +16,25 @@ class Screen:
 
     Attributes:
         score: lower is better.
-        length: tokens it reads.
+        length: tokens it reads of each document.
+        documents: how many it reads.
         keep: share of the candidates that go on to the next screen or the target.
         floor: once `least_pairs` candidates have both scores, the screen is dropped if Kendall's tau is below this.
     """
 
     score: Callable[[Candidate], float]
     length: int
+    documents: int = 1
     keep: float = 0.34
     floor: float = 0.2
     least_pairs: int = 8
     scores: dict[str, float] = field(default_factory=dict)
     dropped_after: int | None = None
+
+    @property
+    def where(self) -> str:
+        """What it reads, in words."""
+        return f"{self.length:,} tokens of {self.documents} document{'s' * (self.documents != 1)}"
 
     def __call__(self, candidate: Candidate) -> float:
         value = self.score(candidate)

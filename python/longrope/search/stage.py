@@ -26,8 +26,10 @@ WINNER_FILE = "factors/winner.json"
 class ModelObjective:
     """Mean loss of the search documents over the positions the original model cannot reach."""
 
-    def __init__(self, context: Context, scorer: Scorer, budget: Budget, length: int) -> None:
-        self.context, self.scorer, self.budget, self.length = context, scorer, budget, length
+    def __init__(
+        self, context: Context, scorer: Scorer, budget: Budget, length: int, windows: Sequence[Window]
+    ) -> None:
+        self.context, self.scorer, self.budget, self.length, self.windows = context, scorer, budget, length, windows
         self.records: dict[str, list[dict[str, Any]]] = {}
 
     def __call__(self, candidate: Candidate) -> float:
@@ -48,10 +50,6 @@ class ModelObjective:
         self.records[candidate.id] = records
         return sum(record["nll"] for record in records) / len(records)
 
-    @property
-    def windows(self) -> Sequence[Window]:
-        return self.context.split.search
-
 
 def run_search(context: Context, budget: Budget) -> dict[str, Any]:
     """Search, write `search.json` and the winner's factor file, and return the former."""
@@ -69,19 +67,18 @@ def run_search(context: Context, budget: Budget) -> dict[str, Any]:
     }
     check_budget(context, budget)
     scorer = Scorer(loaded, context.run.evaluations)
-    objective = ModelObjective(context, scorer, budget, context.target_length)
-    screens = []
-    for length in sorted(request.screens):
-        if context.score_from < length < context.target_length:
-            screens.append(Screen(ModelObjective(context, scorer, budget, length), length, request.screen_keep))
-    planned = planned_forwards(settings, screens, len(seeds), len(windows), context.target_length)
+    objective = ModelObjective(context, scorer, budget, context.target_length, windows)
+    screened = windows[: request.screen_documents or len(windows)]
+    screens = [
+        Screen(ModelObjective(context, scorer, budget, length, screened), length, len(screened), request.screen_keep)
+        for length in sorted(request.screens)
+        if context.score_from < length < context.target_length
+    ]
+    planned = planned_forwards(settings, screens, len(seeds), context)
     say_plan(planned, budget, settings, space, windows, screens, context)
 
     def affords(counts: Sequence[int]) -> bool:
-        lengths = [*(screen.length for screen in screens), context.target_length]
-        return budget.affords(
-            {length: count * len(windows) for length, count in zip(lengths, counts, strict=True) if count}
-        )
+        return budget.affords({length: count for length, count in forwards(counts, screens, context) if count})
 
     with task("search", 1.0) as work:
         watch = _Watch(work, budget, planned, scorer)
@@ -144,16 +141,22 @@ def attention_factors(choice: str, extension: float, original_length: int) -> tu
     return (value,)
 
 
+def forwards(counts: Sequence[int], screens: Sequence[Screen], context: Context) -> list[tuple[int, int]]:
+    """Return lengths and numbers of forwards that so many candidates cost, by screen and last by the objective."""
+    lengths = [*(screen.length for screen in screens), context.target_length]
+    documents = [*(screen.documents for screen in screens), len(context.split.search)]
+    return [(length, count * number) for length, count, number in zip(lengths, counts, documents, strict=True)]
+
+
 def planned_forwards(
-    settings: EvolutionSettings, screens: Sequence[Screen], seeds: int, windows: int, target_length: int
+    settings: EvolutionSettings, screens: Sequence[Screen], seeds: int, context: Context
 ) -> dict[int, int]:
     """Return how many forwards of each length the settings mean, without any budget."""
-    lengths = [*(screen.length for screen in screens), target_length]
-    totals = dict.fromkeys(lengths, seeds * windows)
+    totals = dict(forwards([seeds] * (len(screens) + 1), screens, context))
     children = [max(settings.population - seeds, 0)] + [settings.mutations + settings.crossovers] * settings.iterations
     for count in children:
-        for length, number in zip(lengths, survivors_counts(count, screens, screens, settings.controls), strict=True):
-            totals[length] += number * windows
+        for length, number in forwards(survivors_counts(count, screens, screens, settings.controls), screens, context):
+            totals[length] += number
     return totals
 
 
@@ -178,7 +181,7 @@ def say_plan(
         f"{settings.crossovers} crossovers) of the best {settings.parents}; seed {settings.seed}"
     )
     for screen in screens:
-        say(f"  screening at {screen.length:,} tokens: the best {screen.keep:.0%} go on")
+        say(f"  screening at {screen.where}: the best {screen.keep:.0%} go on")
     total = sum(planned.values())
     cost = sum(count * forward_cost(length) for length, count in planned.items())
     bounds = []
@@ -226,6 +229,8 @@ def summary(
         "screens": [
             {
                 "length": screen.length,
+                "documents": screen.documents,
+                "where": screen.where,
                 "keep": screen.keep,
                 "scores": screen.scores,
                 "agreement": agreement(screen.scores, target).to_dict(),
@@ -291,7 +296,7 @@ def say_result(outcome: Outcome, result: dict[str, Any]) -> None:
     for screen in result["screens"]:
         found = screen["agreement"]
         say(
-            f"  screen at {screen['length']:,} tokens against the target: Kendall tau {found['tau']:.2f} over "
+            f"  screen at {screen['where']} against the target: Kendall tau {found['tau']:.2f} over "
             f"{found['pairs']} candidates; its favourite is number {found['favourite_rank']} at the target"
             + (f"; dropped after {screen['dropped_after_pairs']}" if screen["dropped_after_pairs"] else "")
         )
