@@ -21,7 +21,7 @@ import torch
 from longrope.progress import Task, console, say, task
 
 from . import peers, record, tables, timing, workloads
-from .workloads import ONE_THREAD, TORCH, UNROTATED, Shape, Work
+from .workloads import ONE_THREAD, OURS_BF16, TORCH, UNROTATED, Shape, Work
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LARGE, SMALL = (16, 4, 128), (9, 3, 64)
@@ -93,7 +93,11 @@ def trainings() -> list[Plan]:
 def decodes() -> list[Plan]:
     """One query over a long cache."""
     goals = {TORCH: 20.0, "share": 0.85}
-    return [Plan("decode", DECODE, workloads.decode, "memory", seconds=1.5, goals=goals)]
+    int8_goals = {OURS_BF16: 1.7, "share": 0.80}
+    return [
+        Plan("decode", DECODE, workloads.decode, "memory", seconds=1.5, goals=goals),
+        Plan("decode", DECODE, workloads.decode_int8, "memory", 0.5, compiles=False, label="int8", goals=int8_goals),
+    ]
 
 
 def scaling() -> list[Plan]:

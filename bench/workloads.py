@@ -203,6 +203,23 @@ def decode(shape: Shape, compile: bool = True) -> Work:
     return _finish(Work(shape, sides, read_bytes=2.0 * key.numel() * key.element_size()), compile_peer)
 
 
+def decode_int8(shape: Shape) -> Work:
+    """One query over an int8 cache, beside ours over the same tokens in the queries' dtype."""
+    other = peers.Transformers(shape.heads, shape.key_heads, shape.head_dim)
+    query, key, value = _operands(shape, query_tokens=1)
+    caches = {}
+    for name, quantised in ((OURS, True), (OURS_BF16, False)):
+        caches[name] = lk.KVCache(1, shape.key_heads, shape.head_dim, shape.tokens, shape.dtype, quantised)
+        caches[name].append(key, value)
+
+    def attend(cache: lk.KVCache) -> Call:
+        return _without_gradients(lambda: cache.attend(query, other.scaling))
+
+    work = Work(shape, {name: attend(cache) for name, cache in caches.items()}, read_bytes=float(caches[OURS].bytes))
+    # Keys and values are each rounded to a 127th of the largest of their group.
+    return check(work, {OURS_BF16: tolerance(shape) + 2 / 127})
+
+
 def _rotated_cache(other: peers.Transformers, key: Tensor, part: int = 8192) -> Tensor:
     """Rotate keys in parts, as decoding appended them."""
     rotated = torch.empty_like(key)

@@ -35,6 +35,10 @@ constexpr int kDecodeKeys = 32;       // keys that share a query rotation
 constexpr int64_t kDecodeRun = 2048;  // keys of a task
 constexpr int kCacheLine = 64;
 
+// How the dims of a key are read: spread into a buffer first, from the row itself, or, as the compiler knows what to
+// add to an address, from a row of so many pairs that all rotate.
+constexpr int kSpread = -1, kInPlace = 0;
+
 static_assert(kKeyGroup % kDecodeKeys == 0 && kDecodeRun % kKeyGroup == 0);
 
 // Lane k of the result is the sum of the lanes of v[k].
@@ -89,6 +93,7 @@ class Decoder {
           in_place(!p.rotation.interleaved && pairs % kLanes == 0 && (p.head_dim - 2 * pairs) % kLanes == 0) {
         for (int64_t b : sequences) {
             runs_of_sequence = std::max(runs_of_sequence, (p.key_length[b] + kDecodeRun - 1) / kDecodeRun);
+            blocks = std::max(blocks, (std::min(p.key_length[b], kDecodeRun) + kDecodeKeys - 1) / kDecodeKeys);
             most_rows = std::max(most_rows, static_cast<int>(group * query_count(p, b)));
             regimes = std::max<int64_t>(regimes, p.rotation.regime_index[b] + 1);
         }
@@ -121,10 +126,13 @@ class Decoder {
     bool in_place;  // rows are read where they lie; else they are spread into a buffer first
     int most_rows = 0;
     int64_t regimes = 1, runs_of_sequence = 1;
-    Buffer<float> tables;  // [regime][scaled or base][key][cos of half, sin of half]
+    int64_t blocks = 0;    // of a run, at most
+    Buffer<float> tables;  // [regime][scaled or base][key of a block][cos of half, sin of half]
+    Buffer<float> steps;   // [regime][block of a run][cos, sin]: of its distance to the run's beginning, backwards
 
     static int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
     int64_t table_elements() const { return int64_t{kDecodeKeys} * 2 * half; }
+    int64_t step_elements() const { return blocks * 2 * half; }
 
     static Buffer<float> zeros(int64_t count) {
         Buffer<float> buffer = allocate<float>(count);
@@ -134,19 +142,23 @@ class Decoder {
 
     struct Workspace {
         Buffer<float> unrotated;  // [rows][width]: first halves of the pairs, second halves, the rest
+        Buffer<float> at_run;     // the same, rotated for the first key of a run
         Buffer<float> query;      // the same, rotated for a block
         Buffer<float> angles;     // [2][half]
         Buffer<float> row;        // [width], a key spread out; [columns], its scales
         Buffer<float> scores;     // [rows][kDecodeKeys], then probabilities in fp32 or bf16
         Buffer<float> sums;       // [kDecodeGroup][kLanes vectors]
         int64_t b, head, low[kDecodeRows], high[kDecodeRows];
+        int64_t run_begin = -1;  // the key whose angles `at_run` has
         int rows;
         const void *keys[kDecodeKeys], *values[kDecodeKeys];
         const void* next_keys[kDecodeKeys];  // of the block after this one, or of this one at the end
-        float value_scales[kDecodeKeys];
+        float value_scales[kDecodeKeys] = {};
+        vf row_sums[kDecodeRows];  // by lane, of a run so far
 
         explicit Workspace(const Decoder& d)
             : unrotated(zeros(kDecodeRows * d.width)),
+              at_run(zeros(kDecodeRows * d.width)),
               query(zeros(kDecodeRows * d.width)),
               angles(zeros(2 * d.half)),
               row(zeros(2 * d.width + 2 * kLanes)),
@@ -156,6 +168,7 @@ class Decoder {
         void begin(const AttentionParams& p, int64_t sequence, int64_t key_head, int64_t group) {
             b = sequence;
             head = key_head;
+            run_begin = -1;
             rows = static_cast<int>(group * query_count(p, b));
             for (int r = 0; r < rows; ++r) visible_keys(p, b, r / group, &low[r], &high[r]);
         }
@@ -163,19 +176,28 @@ class Decoder {
 
     void fill_tables() {
         tables = zeros(regimes * 2 * table_elements());
-        for (int64_t regime = 0; regime < regimes; ++regime)
+        steps = zeros(regimes * step_elements());
+        for (int64_t regime = 0; regime < regimes; ++regime) {
+            const int64_t* scaled = p.rotation.turns + regime * pairs;
+            const float factor = p.rotation.attention_factor[regime];
             for (const bool base : {false, true}) {
                 if (base && p.rotation.start_tokens[regime] == 0) continue;
-                const int64_t* turns = (base ? p.rotation.base_turns : p.rotation.turns) + regime * pairs;
+                const int64_t* turns = base ? p.rotation.base_turns + regime * pairs : scaled;
                 float* to = tables.get() + (2 * regime + base) * table_elements();
-                const float factor = p.rotation.attention_factor[regime];
-                for (int key = 0; key < kDecodeKeys; ++key)
-                    for (int64_t i = 0; i < pairs; ++i) {
-                        const CosSin value = cos_sin(phase_of(key, turns[i]));
-                        to[key * 2 * half + i] = value.cos * factor;
-                        to[key * 2 * half + half + i] = value.sin * factor;
-                    }
+                for (int key = 0; key < kDecodeKeys; ++key) fill_angles(to + key * 2 * half, key, turns, factor);
             }
+            float* to = steps.get() + regime * step_elements();
+            for (int64_t block = 0; block < blocks; ++block)
+                fill_angles(to + block * 2 * half, -block * kDecodeKeys, scaled, 1.0f);
+        }
+    }
+
+    void fill_angles(float* to, int64_t position, const int64_t* turns, float factor) const {
+        for (int64_t i = 0; i < pairs; ++i) {
+            const CosSin value = cos_sin(phase_of(position, turns[i]));
+            to[i] = value.cos * factor;
+            to[half + i] = value.sin * factor;
+        }
     }
 
     // Dims of a row as fp32: the first of each pair, the second, and what does not rotate.
@@ -197,8 +219,32 @@ class Decoder {
                    w.unrotated.get() + r * width);
     }
 
-    // Rotates every query row by its own angle less that of key position `origin`, and lays it out for the products.
-    void rotate_queries(Workspace& w, int64_t origin, bool base_key) const {
+    // Query rows rotated for a block that begins at key `key`: from the exact angles of the run's beginning by a step
+    // that all runs share, or, where frequencies differ on the way, by exact angles of their own.
+    void rotate_queries(Workspace& w, int64_t key, bool base) const {
+        const int64_t regime = p.rotation.regime_index[w.b], offset = key % kDecodeRun;
+        const int64_t begin = key - offset;
+        if (begin < p.rotation.start_tokens[regime]) return rotate_exactly(w, key, base, w.query.get());
+        if (w.run_begin != begin) {
+            rotate_exactly(w, begin, false, w.at_run.get());
+            w.run_begin = begin;
+        }
+        const float* step = steps.get() + regime * step_elements() + offset / kDecodeKeys * 2 * half;
+        for (int r = 0; r < w.rows; ++r) turn_row(w.at_run.get() + r * width, step, w.query.get() + r * width);
+    }
+
+    void turn_row(const float* from, const float* cosines, float* to) const {
+        for (int64_t i = 0; i < half; i += kLanes) {
+            const vf x = load<vf>(from + i), y = load<vf>(from + half + i);
+            const vf c = load<vf>(cosines + i), s = load<vf>(cosines + half + i);
+            store(to + i, x * c - y * s);
+            store(to + half + i, y * c + x * s);
+        }
+        std::memcpy(to + 2 * half, from + 2 * half, sizeof(float) * rest);
+    }
+
+    // Every query row rotated by its own angle less that of key position `origin`.
+    void rotate_exactly(Workspace& w, int64_t origin, bool base_key, float* rotated) const {
         const int64_t regime = p.rotation.regime_index[w.b];
         const int64_t* scaled = p.rotation.turns + regime * pairs;
         const int64_t* base = p.rotation.base_turns + regime * pairs;
@@ -217,35 +263,28 @@ class Decoder {
                     sines[i] = value.sin * factor;
                 }
             }
-            const float* from = w.unrotated.get() + r * width;
-            float* to = w.query.get() + r * width;
-            for (int64_t i = 0; i < half; i += kLanes) {
-                const vf x = load<vf>(from + i), y = load<vf>(from + half + i);
-                const vf c = load<vf>(cosines + i), s = load<vf>(sines + i);
-                store(to + i, x * c - y * s);
-                store(to + half + i, y * c + x * s);
-            }
-            std::memcpy(to + 2 * half, from + 2 * half, sizeof(float) * rest);
+            turn_row(w.unrotated.get() + r * width, cosines, rotated + r * width);
         }
     }
 
-    // Scores of R rows with `count` keys at w.keys. InPlace: dims are read from the row itself.
-    template <int R, class S, bool InPlace>
+    // Scores of R rows with `count` keys at w.keys.
+    template <int R, class S, int Form>
     __attribute__((noinline)) void score_group(Workspace& w, int first_row, int count, const float* table,
                                                const float* scales) const {
+        constexpr bool InPlace = Form != kSpread;
         const float* query = w.query.get() + first_row * width;
         vf* sums = reinterpret_cast<vf*>(w.sums.get());
         const int64_t bytes = p.head_dim * static_cast<int64_t>(quantised(p) ? sizeof(int8_t) : sizeof(T));
-        constexpr int kTogether = InPlace && R <= 4 && kLanes == 16 ? 2 : 1;  // keys that share the loads of a query
+        constexpr int kTogether = InPlace && R <= 4 && kLanes == 16 ? 2 : 1;  // keys that share a query in registers
         for (int k = 0; k < count; k += kLanes) {
             const int here = std::min(kLanes, count - k);
             int lane = 0;
             for (; lane + kTogether <= here; lane += kTogether) {
                 if (first_row == 0)
                     for (int j = 0; j < kTogether; ++j) prefetch_row(w.values[k + lane + j], bytes);
-                score_keys<R, S, InPlace, kTogether>(w, query, k + lane, table, scales, sums + lane);
+                score_keys<R, S, Form, kTogether>(w, query, k + lane, table, scales, sums + lane);
             }
-            for (; lane < here; ++lane) score_keys<R, S, InPlace, 1>(w, query, k + lane, table, scales, sums + lane);
+            for (; lane < here; ++lane) score_keys<R, S, Form, 1>(w, query, k + lane, table, scales, sums + lane);
             for (lane = here; lane < kLanes; ++lane)
                 for (int r = 0; r < R; ++r) sums[r * kLanes + lane] = splat(0.0f);
             for (int r = 0; r < R; ++r)
@@ -254,9 +293,12 @@ class Decoder {
     }
 
     // Products of R rows with keys k, k + 1, ... (Together of them), by lane: sums[r * kLanes + key].
-    template <int R, class S, bool InPlace, int Together>
+    template <int R, class S, int Form, int Together>
     __attribute__((always_inline)) void score_keys(Workspace& w, const float* query, int k, const float* table,
                                                    const float* scales, vf* sums) const {
+        constexpr bool InPlace = Form != kSpread;
+        const int64_t half = Form > 0 ? Form : this->half, pairs = Form > 0 ? Form : this->pairs;
+        const int64_t width = Form > 0 ? 2 * Form : this->width;
         const S* rows[Together];
         const float* cosines[Together];
         vf sum[Together][R];
@@ -289,7 +331,8 @@ class Decoder {
             }
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const vf a = load<vf>(query + r * width + i), b = load<vf>(query + r * width + half + i);
+                const vf a = in_register(load<vf>(query + r * width + i));
+                const vf b = in_register(load<vf>(query + r * width + half + i));
 #pragma GCC unroll 2
                 for (int j = 0; j < Together; ++j) sum[j][r] = b * v[j] + (a * u[j] + sum[j][r]);
             }
@@ -353,8 +396,12 @@ class Decoder {
                     prefetch_row(w.next_keys[std::min(k + 1, count - 1)], bytes);
                 }
                 __m512bh value[Wide];
-#pragma GCC unroll 4
-                for (int n = 0; n < Wide; ++n) value[n] = paired(low + n * kLanes, high + n * kLanes);
+                if constexpr (Wide > 1) {
+#pragma GCC unroll 2
+                    for (int n = 0; n < Wide; n += 2) paired(low + n * kLanes, high + n * kLanes, value + n);
+                } else {
+                    value[0] = paired(low, high);
+                }
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[r * kDecodeKeys + k / 2]);
@@ -393,6 +440,23 @@ class Decoder {
     static __m512bh paired(const int8_t* low, const int8_t* high) {
         const __m512i a = (__m512i)widen_lanes(low), b = (__m512i)widen_lanes(high);
         return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(a, 16), b);
+    }
+
+    // The same for two vectors of columns.
+    static void paired(const BFloat16* low, const BFloat16* high, __m512bh* to) {
+        const auto interleaved = [](int first) {
+            typedef int16_t Words __attribute__((vector_size(64)));
+            Words order;
+            for (int i = 0; i < 2 * kLanes; ++i) order[i] = static_cast<int16_t>(first + i / 2 + i % 2 * 2 * kLanes);
+            return (__m512i)order;
+        };
+        const __m512i a = load<__m512i>(low), b = load<__m512i>(high);
+        to[0] = (__m512bh)_mm512_permutex2var_epi16(a, interleaved(0), b);
+        to[1] = (__m512bh)_mm512_permutex2var_epi16(a, interleaved(kLanes), b);
+    }
+    static void paired(const int8_t* low, const int8_t* high, __m512bh* to) {
+        to[0] = paired(low, high);
+        to[1] = paired(low + kLanes, high + kLanes);
     }
 #endif
 
@@ -438,111 +502,122 @@ class Decoder {
         last = std::min(last, (run + 1) * kDecodeRun);
         if (first >= last) return;
         spread_queries(w);
+        for (int r = 0; r < w.rows; ++r) w.row_sums[r] = splat(0.0f);
         const int64_t length = p.key_length[w.b], start = p.rotation.start_tokens[p.rotation.regime_index[w.b]];
         // Blocks begin at multiples of kDecodeKeys whatever is visible, and once more at n-hat.
         for (int64_t key = first / kDecodeKeys * kDecodeKeys; key < last;) {
             const bool base = key < start;
             int64_t end = std::min((key / kDecodeKeys + 1) * kDecodeKeys, length);
             if (base) end = std::min(end, start);
-            attend_block(w, key, static_cast<int>(end - key), base, largest, sums, out);
+            attend_block(w, key, static_cast<int>(end - key), base, largest, out);
             key = end;
         }
+        for (int r = 0; r < w.rows; ++r) sums[r] = reduce_add(w.row_sums[r]);
     }
 
-    // Where the rows of the next keys lie, to ask for them early.
+    // Where the rows of the next keys lie, to ask for them early; of these keys again where there are no more.
+    template <class S>
     void look_ahead(Workspace& w, int64_t key, int count) const {
-        const int64_t ahead = std::min<int64_t>(kDecodeKeys, p.key_length[w.b] - key - count);
-        for (int k = 0; k < count; ++k) {
-            w.next_keys[k] = w.keys[k];
-            if (k >= ahead || (quantised(p) && key + count + k >= quantised_keys(p, w.b))) continue;
-            const Slot slot = slot_of(p, w.b, key + count + k);
-            w.next_keys[k] = quantised(p)
-                                 ? static_cast<const void*>(row_of<int8_t>(p.key, slot.outer, w.head, slot.token))
-                                 : row_of<T>(p.key, slot.outer, w.head, slot.token);
-        }
+        const int64_t length = quantised(p) ? quantised_keys(p, w.b) : p.key_length[w.b];
+        const int ahead = static_cast<int>(std::clamp<int64_t>(length - key - count, 0, count));
+        for_slots(p, w.b, key + count, ahead,
+                  [&](int k, const Slot& slot) { w.next_keys[k] = row_of<S>(p.key, slot.outer, w.head, slot.token); });
+        for (int k = ahead; k < count; ++k) w.next_keys[k] = w.keys[k];
     }
 
-    void attend_block(Workspace& w, int64_t key, int count, bool base, float* largest, float* sums, float* out) const {
+    void attend_block(Workspace& w, int64_t key, int count, bool base, float* largest, float* out) const {
         if (!quantised(p)) {
-            for (int k = 0; k < count; ++k) {
-                const Slot slot = slot_of(p, w.b, key + k);
+            for_slots(p, w.b, key, count, [&](int k, const Slot& slot) {
                 w.keys[k] = row_of<T>(p.key, slot.outer, w.head, slot.token);
                 w.values[k] = row_of<T>(p.value, slot.outer, w.head, slot.token);
-            }
-            look_ahead(w, key, count);
-            return attend_block_of<T, T>(w, key, count, base, nullptr, largest, sums, out);
+            });
+            look_ahead<T>(w, key, count);
+            return attend_block_of<T, T>(w, key, count, base, nullptr, largest, out);
         }
-        const bool tail = key >= quantised_keys(p, w.b);
-        for (int k = 0; k < count; ++k) {
-            const Slot slot = slot_of(p, w.b, key + k);
+        for_slots(p, w.b, key, count, [&](int k, const Slot& slot) {
+            w.keys[k] = row_of<int8_t>(p.key, slot.outer, w.head, slot.token);
             w.values[k] = row_of<int8_t>(p.value, slot.outer, w.head, slot.token);
             w.value_scales[k] = value_scale(p, slot, w.head);
-            if (tail)
-                w.keys[k] = row_of<T>(p.pages.key_tail, w.b, w.head, (key + k) % kKeyGroup);
-            else
-                w.keys[k] = row_of<int8_t>(p.key, slot.outer, w.head, slot.token);
+        });
+        std::fill(w.value_scales + count, w.value_scales + kDecodeKeys, 0.0f);
+        if (key >= quantised_keys(p, w.b)) {
+            for (int k = 0; k < count; ++k) w.keys[k] = row_of<T>(p.pages.key_tail, w.b, w.head, (key + k) % kKeyGroup);
+            look_ahead<int8_t>(w, key, count);
+            return attend_block_of<T, int8_t>(w, key, count, base, nullptr, largest, out);
         }
-        look_ahead(w, key, count);
-        if (tail) return attend_block_of<T, int8_t>(w, key, count, base, nullptr, largest, sums, out);
+        look_ahead<int8_t>(w, key, count);
         float* scales = w.row.get() + width;
         spread(key_scale(p, slot_of(p, w.b, key), w.head), scales);
-        attend_block_of<int8_t, int8_t>(w, key, count, base, scales, largest, sums, out);
+        attend_block_of<int8_t, int8_t>(w, key, count, base, scales, largest, out);
     }
 
     template <class KeyT, class ValueT>
     void attend_block_of(Workspace& w, int64_t key, int count, bool base, const float* scales, float* largest,
-                         float* sums, float* out) const {
+                         float* out) const {
         const float* table = tables.get() + (2 * p.rotation.regime_index[w.b] + base) * table_elements();
         rotate_queries(w, key, base);
         by_group(w.rows, [&](int row, auto size) {
-            if (in_place)
-                score_group<size.value, KeyT, true>(w, row, count, table, scales);
+            if (!in_place)
+                score_group<size.value, KeyT, kSpread>(w, row, count, table, scales);
+            else if (rest == 0 && half == 64)
+                score_group<size.value, KeyT, 64>(w, row, count, table, scales);
+            else if (rest == 0 && half == 32)
+                score_group<size.value, KeyT, 32>(w, row, count, table, scales);
             else
-                score_group<size.value, KeyT, false>(w, row, count, table, scales);
+                score_group<size.value, KeyT, kInPlace>(w, row, count, table, scales);
         });
-        for (int r = 0; r < w.rows; ++r)
-            softmax_row(w, r, key, count, std::is_same_v<ValueT, int8_t>, largest, sums, out + r * columns);
+        bool whole = p.softcap == 0.0f;
+        for (int r = 0; r < w.rows; ++r) whole &= w.low[r] <= key && key + count <= w.high[r];
+        for (int r = 0; r < w.rows; ++r) {
+            if (whole && count == kDecodeKeys)
+                softmax_row<true>(w, r, key, count, std::is_same_v<ValueT, int8_t>, largest, out + r * columns);
+            else
+                softmax_row<false>(w, r, key, count, std::is_same_v<ValueT, int8_t>, largest, out + r * columns);
+        }
         by_group(w.rows, [&](int row, auto size) { add_values<size.value, ValueT>(w, row, count, out); });
     }
 
     // Scores of a row become weights of the values, and what was summed before is scaled to the new maximum.
-    void softmax_row(Workspace& w, int r, int64_t key, int count, bool scaled_values, float* largest, float* sums,
+    // Whole: all kDecodeKeys are there and visible, and there is no softcap.
+    template <bool Whole>
+    void softmax_row(Workspace& w, int r, int64_t key, int count, bool scaled_values, float* largest,
                      float* out) const {
-        const vi lane = iota();
-        const int padded = static_cast<int>(pad(count));
+        constexpr int kVectors = kDecodeKeys / kLanes;
+        const vf hidden = splat(-std::numeric_limits<float>::infinity());
         float* scores = w.scores.get() + r * kDecodeKeys;
-        const int least = static_cast<int>(std::clamp<int64_t>(w.low[r] - key, 0, count));
-        const int most = static_cast<int>(std::clamp<int64_t>(w.high[r] - key, 0, count));
-        vf top = splat(-std::numeric_limits<float>::infinity());
-        for (int c = 0; c < padded; c += kLanes) {
-            vf x = load<vf>(scores + c);
-            x = p.softcap > 0.0f ? tanhv(x * (p.scale / p.softcap)) * (p.softcap * kLog2E) : x * (p.scale * kLog2E);
-            const vi column = lane + c;
-            x = (column >= least) & (column < most) ? x : splat(-std::numeric_limits<float>::infinity());
-            top = vmax(top, x);
-            store(scores + c, x);
+        vf x[kVectors];
+        vf top = hidden;
+        for (int n = 0; n < kVectors; ++n) {
+            x[n] = load<vf>(scores + n * kLanes);
+            if constexpr (Whole) {
+                x[n] *= p.scale * kLog2E;
+            } else {
+                x[n] = p.softcap > 0.0f ? tanhv(x[n] * (p.scale / p.softcap)) * (p.softcap * kLog2E)
+                                        : x[n] * (p.scale * kLog2E);
+                const vi column = iota() + n * kLanes;
+                const int least = static_cast<int>(std::clamp<int64_t>(w.low[r] - key, 0, count));
+                const int most = static_cast<int>(std::clamp<int64_t>(w.high[r] - key, 0, count));
+                x[n] = (column >= least) & (column < most) ? x[n] : hidden;
+            }
+            top = vmax(top, x[n]);
         }
         const float now = std::max(largest[r], reduce_max(top));
         const float shift = std::isinf(now) ? 0.0f : now;
-        const float scale = std::isinf(largest[r]) ? 0.0f : exp2v(splat(largest[r] - shift))[0];
-        vf sum = splat(0.0f);
-        for (int c = 0; c < padded; c += kLanes) {
-            const vf x = exp2v(load<vf>(scores + c) - shift);
-            sum += x;
-            store(scores + c, x);
-        }
-        largest[r] = now;
-        sums[r] = sums[r] * scale + reduce_add(sum);
-        if (scale != 1.0f)
+        vf& sum = w.row_sums[r];
+        if (now > largest[r]) {
+            const float scale = exp2v(splat(largest[r] - shift))[0];
+            largest[r] = now;
+            sum *= scale;
             for (int64_t c = 0; c < columns; ++c) out[c] *= scale;
-        if (scaled_values)
-            for (int k = 0; k < count; ++k) scores[k] *= w.value_scales[k];
+        }
+        for (int n = 0; n < kVectors; ++n) {
+            x[n] = exp2v(x[n] - shift);
+            sum += x[n];
+            if (scaled_values) x[n] *= load<vf>(w.value_scales + n * kLanes);
+            store(scores + n * kLanes, x[n]);
+        }
 #if defined(__AVX512BF16__)
-        if constexpr (multiplies_pairs<T>())
-            for (int c = 0; c < kDecodeKeys; c += 2 * kLanes) {
-                const vf second = c + kLanes < padded ? load<vf>(scores + c + kLanes) : splat(0.0f);
-                store(scores + c / 2, (__m512i)_mm512_cvtne2ps_pbh(second, load<vf>(scores + c)));
-            }
+        if constexpr (multiplies_pairs<T>()) store(scores, (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]));
 #endif
     }
 

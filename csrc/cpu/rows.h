@@ -57,6 +57,17 @@ inline Slot slot_of(const AttentionParams& p, int64_t b, int64_t index) {
     return p.pages.block_table ? slot_of(p.pages, b, index) : Slot{b, p.key_start[b] + index};
 }
 
+// Calls call(k, slot) with the slots of keys first + k, k in [0, count): one division a page.
+template <class Call>
+inline void for_slots(const AttentionParams& p, int64_t b, int64_t first, int count, const Call& call) {
+    for (int k = 0, end; k < count;) {
+        Slot slot = slot_of(p, b, first + k);
+        end = count;
+        if (p.pages.block_table) end = static_cast<int>(std::min<int64_t>(end, k + p.pages.page_tokens - slot.token));
+        for (; k < end; ++k, ++slot.token) call(k, slot);
+    }
+}
+
 // Where the scales of a slot lie: those of the channels of its group of keys, and that of its value.
 inline int64_t key_scale_index(const Pages& pages, const Slot& slot, int64_t key_heads, int64_t head,
                                int64_t head_dim) {

@@ -74,21 +74,28 @@ inline vf vmax(vf a, vf b) {
 #endif
 }
 
+// Keeps x from becoming the memory operand of every instruction that uses it.
+inline vf in_register(vf x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#endif
+    return x;
+}
+
+// Lane i of the result is lane i + by of v, around the end.
+inline vf turned(vf v, int by) {
+    return __builtin_shuffle(v, (iota() + by) & (kLanes - 1));
+}
+
 inline float reduce_max(vf v) {
-    float part[kLanes];
-    store(part, v);
-    for (int half = kLanes / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) part[i] = part[i] < part[i + half] ? part[i + half] : part[i];
-    return part[0];
+    for (int half = kLanes / 2; half; half /= 2) v = vmax(v, turned(v, half));
+    return v[0];
 }
 
 // Pairwise, so that the order of additions is the same at every call.
 inline float reduce_add(vf v) {
-    float part[kLanes];
-    store(part, v);
-    for (int half = kLanes / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) part[i] += part[i + half];
-    return part[0];
+    for (int half = kLanes / 2; half; half /= 2) v += turned(v, half);
+    return v[0];
 }
 
 // 2^x for x <= 127, to 1.5e-7 relative; 0 below -126 and at -inf.

@@ -42,7 +42,7 @@ PRESETS = {
         },
         (0.75,),
         budget=60,
-        minutes=15,
+        minutes=12,
     ),
     # The same in some hours, n-hat included.
     "full": Preset(
