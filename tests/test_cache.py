@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import every_backend_and_level, every_level
 
 import longrope_kernels as lk
 from longrope_kernels import backends, testing
@@ -36,6 +37,7 @@ def queries(count, dtype=torch.float32, batch=2, heads=8, head_dim=64):
     return torch.randn(batch, heads, count, head_dim, generator=torch.Generator().manual_seed(9)).to(dtype)
 
 
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page_tokens", [None, 1, 7, 64])
 @pytest.mark.parametrize("query_tokens", [1, 3, 40])
@@ -50,6 +52,7 @@ def test_reading_a_cache_gives_the_bits_of_attention_over_its_keys(dtype, page_t
     assert torch.equal(lse, expected_lse)
 
 
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128])
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
@@ -76,8 +79,8 @@ def test_every_kind_of_cache_obeys_the_error_rule(dtype, head_dim, lengths, kind
     testing.assert_within_error_rule("lse", lse, plain_lse, exact_lse, 1e-5)
 
 
+@every_backend_and_level
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", USABLE)
 def test_what_a_cache_holds_does_not_depend_on_how_the_appending_was_cut(kind, backend):
     key, value = tokens(200, torch.bfloat16)
     caches = []
@@ -94,6 +97,7 @@ def test_what_a_cache_holds_does_not_depend_on_how_the_appending_was_cut(kind, b
             assert torch.equal(a, b)
 
 
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backends_quantise_to_the_same_bits(dtype):
     key, value = tokens(150, dtype)
@@ -129,6 +133,7 @@ def test_keys_wait_in_full_precision_until_their_group_is_whole():
     assert not torch.equal(held[0, :, :64], key[0, :, :64])
 
 
+@every_level
 def test_a_value_that_is_not_finite_is_seen_by_whoever_reads_it():
     key, value = tokens(64, torch.bfloat16)
     value[0, 0, 3, 5] = torch.inf
@@ -140,6 +145,7 @@ def test_a_value_that_is_not_finite_is_seen_by_whoever_reads_it():
     assert out[1].isfinite().all()
 
 
+@every_level
 def test_a_change_of_regime_leaves_no_stale_phase():
     cache, key, value = filled([100, 100], capacity=200)
     more_key, more_value = tokens(1, seed=3)
@@ -152,6 +158,7 @@ def test_a_change_of_regime_leaves_no_stale_phase():
     assert torch.equal(after, lk.attention(query, *whole, LONG))
 
 
+@every_level
 def test_many_queries_read_what_one_at_a_time_reads():
     cache, key, value = filled([300, 300])
     query = queries(4)
@@ -173,6 +180,7 @@ def test_released_pages_are_used_again():
     assert torch.equal(out[0], lk.attention(queries(1)[:1], key[:1], value[:1], PLAIN)[0])
 
 
+@every_level
 def test_an_empty_sequence_gives_zero():
     cache = lk.KVCache(2, 2, 64, 10, torch.float32)
     key, value = tokens(3)

@@ -4,24 +4,21 @@ import functools
 
 import pytest
 import torch
+from levels import LEVELS
 
 import longrope_kernels as lk
 from longrope_kernels import backends, testing
 
-
-def available(name):
-    return pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            backends.unavailable_reason(name) is not None, reason=f"{name}: {backends.unavailable_reason(name)}"
-        ),
-    )
+BACKENDS = [(name, None) for name in backends.NAMES if name != "cpu"] + [("cpu", level) for level in LEVELS]
 
 
-@pytest.mark.parametrize("backend", [available(name) for name in backends.NAMES])
-def test_backend_conforms(backend):
+@pytest.mark.parametrize(("backend", "cpu_level"), BACKENDS, indirect=["cpu_level"])
+def test_backend_conforms(backend, cpu_level):
+    if reason := backends.unavailable_reason(backend):
+        pytest.skip(f"{backend}: {reason}")
     # The reference rests on torch's matrix product, whose bits depend on the shape of the whole batch.
-    testing.conformance(backend=backend, max_examples=60, bitwise=backend != "reference")
+    examples = 60 if cpu_level in (None, LEVELS[0]) else 30
+    testing.conformance(backend=backend, max_examples=examples, bitwise=backend != "reference")
 
 
 def broken(change):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from levels import every_level
 
 import longrope_kernels as lk
 
@@ -168,6 +169,7 @@ def test_rotation_by_ones_is_plain_rope_and_conjugation_undoes_it():
     assert torch.allclose(back, q, atol=1e-12)
 
 
+@every_level
 @pytest.mark.parametrize("shape", [(0, 4, 3, 16), (2, 4, 0, 16)])
 def test_empty_tensors_work(shape):
     q = torch.zeros(shape, requires_grad=True)

@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import every_backend_and_level, every_level
 
 import longrope_kernels as lk
-from longrope_kernels import backends, testing
+from longrope_kernels import testing
 
 PLAIN = lk.RopeScaling(head_dim=64, theta=1e4)
 LONG = PLAIN.replace(rescale_factors=[1.0 + i / 8 for i in range(32)], start_tokens=5, attention_factor=1.1)
 LADDER = lk.LongRope(40, {40: PLAIN, 400: LONG})
-USABLE = [name for name in ("cpu", "reference") if backends.unavailable_reason(name) is None]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -31,6 +31,7 @@ def alone(operands, bounds, b):
     ]
 
 
+@every_level
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.tuples(st.integers(0, 150), st.integers(0, 60)), min_size=1, max_size=5), st.booleans())
@@ -46,7 +47,7 @@ def test_a_packed_sequence_gives_the_bits_it_gives_alone(dtype, lengths, is_caus
         assert torch.equal(lse[:, rows], one_lse[0])
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@every_backend_and_level
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_those_of_the_sequences_alone(backend, dtype):
     operands, bounds = packed([3, 60, 0, 20], [30, 60, 4, 20], dtype)
@@ -77,6 +78,7 @@ def test_the_factors_gradient_adds_up_over_the_sequences():
     assert torch.allclose(grad, total, rtol=1e-10)
 
 
+@every_level
 def test_explicit_positions_choose_the_regime_and_the_angles():
     operands, bounds = packed([20, 30], [20, 30])
     at = torch.cat((torch.arange(20), torch.arange(30) + 100))
@@ -88,6 +90,7 @@ def test_explicit_positions_choose_the_regime_and_the_angles():
         assert torch.equal(out[rows], one[0].transpose(0, 1))
 
 
+@every_level
 def test_transposed_operands_need_no_copy():
     operands, bounds = packed([20, 30], [20, 30])
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in operands]
@@ -110,6 +113,7 @@ def test_the_op_is_sound_and_compiles():
     assert torch.equal(compiled(*operands, bounds[0]), layer(*operands, bounds[0]))
 
 
+@every_level
 def test_obeys_the_error_rule_against_float64():
     operands, bounds = packed([100, 7, 200], [120, 300, 200], torch.bfloat16)
     out = lk.attention_varlen(*operands, *bounds, LONG)

@@ -157,6 +157,19 @@ py::list levels() {
     return names;
 }
 
+py::dict calls_by_level() {
+    py::dict result;
+    const LevelNames usable = usable_levels();
+    for (int i = 0; i < usable.count; ++i) result[usable.names[i]] = calls(usable.names[i]);
+    return result;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -167,6 +180,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("cache_append", &cache_append);
     m.attr("KEY_GROUP") = kKeyGroup;
     m.def("levels", &levels, "instruction sets this build has and this processor can run, best first");
+    m.def("calls", &calls_by_level, "how many calls each of `levels` has served");
+    m.attr("SANITIZED") = kSanitized;
     m.def("thread_pool", &thread_pool_name, "where kernels run: 'openmp' (the process's own pool) or 'threads'");
     m.def("probe_fma", &probe_fma, py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
           "fp32 multiply-adds on registers alone, in GFLOP/s");

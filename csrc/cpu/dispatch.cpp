@@ -1,3 +1,4 @@
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -40,6 +41,8 @@ const Level kLevels[] = {
     {LONGROPE_KERNELS(portable), always},
 };
 
+std::atomic<int64_t> call_counts[sizeof kLevels / sizeof *kLevels];
+
 }  // namespace
 
 LevelNames usable_levels() {
@@ -51,12 +54,21 @@ LevelNames usable_levels() {
 
 const Kernels& kernels(const char* name) {
     for (const Level& level : kLevels)
-        if (level.present() && (*name == '\0' || std::strcmp(name, level.kernels.level) == 0)) return level.kernels;
+        if (level.present() && (*name == '\0' || std::strcmp(name, level.kernels.level) == 0)) {
+            call_counts[&level - kLevels].fetch_add(1, std::memory_order_relaxed);
+            return level.kernels;
+        }
     std::string known;
     const LevelNames usable = usable_levels();
     for (int i = 0; i < usable.count; ++i) known += (i ? ", " : "") + std::string(usable.names[i]);
     throw std::invalid_argument("LONGROPE_KERNELS_CPU_LEVEL: got '" + std::string(name) +
                                 "', expected one that this processor and build have: " + known);
+}
+
+int64_t calls(const char* name) {
+    for (const Level& level : kLevels)
+        if (std::strcmp(name, level.kernels.level) == 0) return call_counts[&level - kLevels];
+    return 0;
 }
 
 }  // namespace longrope

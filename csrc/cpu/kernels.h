@@ -29,7 +29,7 @@ struct Kernels {
     void (*apply_rope)(const RopeParams&);
 };
 
-// The kernels of `level`, or of the best level this processor has for an empty name.
+// The kernels of `level`, or of the best level this processor has for an empty name; counted as one call.
 // Throws std::invalid_argument for a level that is unknown, not in this build, or not on this processor.
 const Kernels& kernels(const char* level);
 
@@ -39,5 +39,8 @@ struct LevelNames {
     int count;
 };
 LevelNames usable_levels();
+
+// How often `kernels` has handed out those of `level`, one of `usable_levels`: what ran, not what was asked for.
+int64_t calls(const char* level);
 
 }  // namespace longrope

@@ -45,6 +45,11 @@ def levels() -> list[str]:
     return [] if _native is None else list(_native.levels())
 
 
+def calls() -> dict[str, int]:
+    """How many calls the kernels of each of `levels` have served in this process."""
+    return {} if _native is None else dict(_native.calls())
+
+
 def level() -> str:
     """Return the instruction set in use: the best one, or what LONGROPE_KERNELS_CPU_LEVEL says.
 
