@@ -8,9 +8,14 @@ TORCH_INDEX ?=
 RUN ?= runs/demo
 FULL_RUN ?= runs/full
 BUDGET_MINUTES ?= 180
+# A build that fails stops here; `auto` goes on without native kernels, 0 does not try.
+export LONGROPE_KERNELS_BUILD ?= 1
+SANITIZE_CXX ?= g++
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SANITIZED_TESTS := tests/test_sanitizer.py tests/test_levels.py tests/test_conformance.py tests/test_rope.py \
+    tests/test_functional.py tests/test_ops.py tests/test_varlen.py tests/test_cache.py
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt pyproject.toml
 
 .PHONY: help setup demo search-full test test-full lint format bench bench-cpu sanitize clean
@@ -47,6 +52,17 @@ test: $(VENV)/.built lint  ## lint, types and the test suite
 
 test-full: $(VENV)/.built lint  ## the same with the slow tests
 	$(PY) -m pytest
+
+# Python itself is not instrumented, so the runtimes come first; its own leaks are none of ours. The tests import the copy
+# of the package beside the sanitized module: the installed script, unlike `python -m`, does not put this folder first.
+sanitize: $(VENV)/.tools  ## the tests of the native module on an AddressSanitizer and UBSan build of it, in build/sanitize
+	@echo "== building with sanitizers"
+	@rm -rf build/sanitize
+	@LONGROPE_KERNELS_SANITIZE=1 CXX=$(SANITIZE_CXX) PATH="$(abspath $(VENV)/bin):$$PATH" \
+	    $(PY) setup.py --quiet build --build-lib build/sanitize
+	LD_PRELOAD="$$($(SANITIZE_CXX) -print-file-name=libasan.so) $$($(SANITIZE_CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    PYTHONPATH=build/sanitize $(VENV)/bin/pytest -m "not slow" $(SANITIZED_TESTS)
 
 lint: $(VENV)/.tools  ## ruff, clang-format and mypy
 	@$(VENV)/bin/ruff check .

@@ -12,6 +12,11 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+COMPILERS = ("c++", "g++", "clang++")
+MODE = os.environ.get("LONGROPE_KERNELS_BUILD", "auto")
+SANITIZE = os.environ.get("LONGROPE_KERNELS_SANITIZE") == "1"
+if MODE not in ("auto", "0", "1"):
+    raise SystemExit(f"LONGROPE_KERNELS_BUILD: got {MODE!r}, expected auto, 0 or 1")
 
 
 class BuildFailed(Exception):
@@ -22,36 +27,41 @@ class CMakeBuild(build_ext):
     """Builds `longrope_kernels._cpu`. LONGROPE_KERNELS_BUILD: auto (default), 1 (fail without it), 0 (leave it out)."""
 
     def run(self) -> None:
-        mode = os.environ.get("LONGROPE_KERNELS_BUILD", "auto")
-        if mode not in ("auto", "0", "1"):
-            raise SystemExit(f"LONGROPE_KERNELS_BUILD: got {mode!r}, expected auto, 0 or 1")
-        if mode == "0":
-            self.extensions = []
-            return
         try:
             for extension in self.extensions:
                 self.cmake(extension)
         except BuildFailed as failure:
-            if mode == "1":
+            if MODE == "1":
                 raise SystemExit(f"longrope-kernels: {failure}") from None
             print(
-                f"warning: longrope-kernels: {failure}; installing without native kernels, the reference backend "
-                "works and is up to 100 times slower",
+                f"warning: longrope-kernels: {failure}; installing without native kernels: the fp64 reference backend "
+                "runs, up to 100 times slower (LONGROPE_KERNELS_BUILD=1 fails instead)",
                 file=sys.stderr,
             )
+            for extension in self.extensions:  # that of an earlier build does not belong to these sources
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             self.extensions = []
 
     def cmake(self, extension: Extension) -> None:
         cmake = shutil.which("cmake")
         if cmake is None:
             raise BuildFailed("cmake not found (pip install cmake)")
-        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-        if compiler is None or shutil.which(compiler) is None:
-            raise BuildFailed(f"no C++ compiler found (CXX={os.environ.get('CXX', '')!r}; install g++ 12 or clang 15)")
-        import pybind11
+        wanted = os.environ.get("CXX")
+        compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, COMPILERS)), None)
+        if compiler is None:
+            raise BuildFailed(
+                f"CXX: got {wanted!r}, expected a C++ compiler" if wanted else "no C++ compiler found (install g++)"
+            )
+        try:
+            import pybind11
+        except ImportError:
+            raise BuildFailed("pybind11 not found (pip install pybind11)") from None
 
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        ninja = shutil.which("ninja")
+        # A folder for each answer that a CMake cache cannot change later.
+        kind = ("ninja" if ninja else "make", *(["sanitize"] if SANITIZE else []))
+        build = ROOT / "build" / "-".join(("cmake", str(sys.implementation.cache_tag), *kind))
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             cmake,
@@ -63,10 +73,10 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'out'}",
             f"-DCMAKE_CXX_COMPILER={compiler}",
-            f"-DLONGROPE_SANITIZE={'ON' if os.environ.get('LONGROPE_KERNELS_SANITIZE') == '1' else 'OFF'}",
+            f"-DLONGROPE_SANITIZE={'ON' if SANITIZE else 'OFF'}",
         ]
-        if shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        if ninja:  # said anew each time: that of an isolated build is gone with its environment
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         for command in (configure, [cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)]):
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
@@ -88,6 +98,6 @@ packages += find_packages(where="python", include=["longrope", "longrope.*"])
 setup(
     packages=packages,
     package_data={"longrope_kernels": ["py.typed"], "longrope": ["py.typed"]},
-    ext_modules=[Extension("longrope_kernels._cpu", sources=[])],
+    ext_modules=[] if MODE == "0" else [Extension("longrope_kernels._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

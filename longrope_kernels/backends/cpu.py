@@ -18,17 +18,20 @@ from ..bundles import Geometry, Packing, Pages, Rotation
 
 NAME = "cpu"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_TO_BUILD = "install g++, then install this package again with LONGROPE_KERNELS_BUILD=1, which says what fails"
 _native: ModuleType | None = None
-_import_error = ""
+_missing: str | None = None
 try:
     _native = importlib.import_module("longrope_kernels._cpu")
-except ImportError as error:
-    _import_error = str(error)
+except ModuleNotFoundError:
+    _missing = f"the native module is not built: {_TO_BUILD}"
+except ImportError as error:  # built elsewhere: its own message says what this machine lacks
+    _missing = f"the native module does not load ({error}): {_TO_BUILD}"
 
 
 def unavailable_reason() -> str | None:
-    """Return why the native module is missing, or None."""
-    return None if _native is not None else f"the native module is not built ({_import_error})"
+    """Return why the native module is missing and what to do about it, or None."""
+    return _missing
 
 
 def supports(op: str, query: Tensor) -> str | None:
