@@ -7,6 +7,7 @@ than its operand says makes a kernel read out of bounds. Each call has a process
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from levels import LEVELS
@@ -24,6 +25,7 @@ import torch
 import longrope_kernels as lk
 from longrope_kernels.backends import cpu
 
+assert cpu._native.SANITIZED
 scaling = lk.RopeScaling(head_dim=64, theta=1e4)
 query, key, value = (torch.randn(1, heads, 70, 64) for heads in (4, 2, 2))
 cache = lk.KVCache(1, 2, 64, 70, torch.float32)
@@ -55,6 +57,7 @@ def run(operation, shorter, shift=0, level=LEVELS[0]):
     """Run `operation` on an operand whose buffer is `shorter` by so many elements and begins `shift` bytes late."""
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, operation, str(shorter), str(shift)],
+        cwd=Path(cpu.__file__).parents[2],  # that of the sanitized copy: `-c` puts the current folder first
         env=os.environ | {"LONGROPE_KERNELS_CPU_LEVEL": level},
         capture_output=True,
         text=True,
