@@ -78,6 +78,13 @@ def test_doctor_says_that_the_kernels_are_missing_and_how_to_get_them():
     assert "LONGROPE_KERNELS_BUILD=1" in line
 
 
+def test_the_command_without_the_pipeline_extra_is_one_line():
+    done = without_kernels("sys.modules['typer'] = None; from longrope.__main__ import main; main()")
+    assert done.returncode == 2
+    assert done.stderr.startswith("longrope: typer: got no such module, expected the pipeline extra: pip install")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_module_that_does_not_load_gives_the_loaders_reason(monkeypatch):
     def fail(name):
         raise ImportError("libm.so.6: version `GLIBC_2.99' not found")
