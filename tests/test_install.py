@@ -157,10 +157,16 @@ def test_an_unknown_mode_is_one_line(mode, source):
     assert done.stderr == f"LONGROPE_KERNELS_BUILD: got {mode!r}, expected auto, 0 or 1\n"
 
 
-def test_a_source_distribution_has_all_that_a_build_reads(tmp_path):
+@pytest.fixture
+def archive(tmp_path):
+    """A source distribution of this tree."""
     done = run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path)
     assert done.returncode == 0, done.stderr
-    (archive,) = tmp_path.glob("*.tar.gz")
+    (path,) = tmp_path.glob("*.tar.gz")
+    return path
+
+
+def test_a_source_distribution_has_all_that_a_build_reads(archive):
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
     wanted = [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("longrope_kernels/**/*.py"), *ROOT.glob("python/**/*.py")]
@@ -170,10 +176,8 @@ def test_a_source_distribution_has_all_that_a_build_reads(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_source_distribution_becomes_a_wheel_that_runs_outside_the_checkout(tmp_path):
+def test_a_source_distribution_becomes_a_wheel_that_runs_outside_the_checkout(archive, tmp_path):
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    assert not run(sys.executable, "setup.py", "-q", "egg_info", "-b", tmp_path, "sdist", "-d", tmp_path).returncode
-    (archive,) = tmp_path.glob("*.tar.gz")
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     wheels = ("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, archive)
     built = run(*pip, *wheels, cwd=tmp_path, PATH=path, LONGROPE_KERNELS_BUILD="1")
