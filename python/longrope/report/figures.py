@@ -111,28 +111,27 @@ def by_position(heldout: dict[str, Any]) -> Figure:
 
 
 def search_curve(search: dict[str, Any]) -> Figure:
-    """Every score at the target length in its order, and the best so far."""
+    """Every score at the target length in its order, and the best so far; what is far above is drawn at the edge."""
     with axes(height=3.6) as (figure, ax):
         history = search["history"]
         best, running = math.inf, []
         for one in history:
             best = min(best, one["score"])
             running.append(best)
-        found = [index for index, one in enumerate(history) if not _is_seed(one)]
-        numbers = [index + 1 for index in found]
-        ax.plot(numbers, [history[i]["score"] for i in found], "o", color="#9aa0a8", markersize=4, label="found")
+        highest = _highest(search)
+        margin = max((highest - best) * 0.12, 1e-4)
+        edge = highest + margin / 2
         for index, one in enumerate(history):
+            above = one["score"] > highest
+            style: dict[str, Any] = {"color": "#9aa0a8", "marker": "^" if above else "o", "markersize": 4}
             if _is_seed(one):
                 name = one["origin"][5:]
-                ax.plot(index + 1, one["score"], "D", color=COLORS[name], markersize=6.5, label=f"seed {TITLES[name]}")
+                label = f"seed {TITLES[name]}, {one['score']:.3f}"
+                style = {"color": COLORS[name], "marker": "^" if above else "D", "markersize": 6.5, "label": label}
+            ax.plot(index + 1, edge if above else one["score"], linestyle="", **style)
         order = range(1, len(history) + 1)
         ax.step(order, running, where="post", color=COLORS["longrope"], linewidth=2, label="best so far")
-        scores = sorted(one["score"] for one in history)
-        low, high = scores[0], scores[min(int(len(scores) * 0.9), len(scores) - 1)]
-        seeds = [one["score"] for one in history if _is_seed(one)]
-        high = max(high, sorted(seeds)[min(1, len(seeds) - 1)])
-        margin = max((high - low) * 0.12, 1e-4)
-        ax.set_ylim(low - margin, high + margin)
+        ax.set_ylim(best - margin, highest + margin)
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         ax.set(xlabel="candidate scored at the target length", ylabel="loss, nats per token", title="The search")
         ax.legend(fontsize=9)
@@ -140,22 +139,33 @@ def search_curve(search: dict[str, Any]) -> Figure:
 
 
 def screens(search: dict[str, Any]) -> Figure | None:
-    """Scores at the screening lengths against those at the target; None where there was no screen."""
-    target = {one["id"]: one for one in search["history"]}
+    """Scores of the screens against those at the target; None where there was no screen."""
+    target = {one["id"]: one["score"] for one in search["history"]}
     both = [(screen, [key for key in screen["scores"] if key in target]) for screen in search["screens"]]
     both = [(screen, keys) for screen, keys in both if len(keys) > 1]
     if not both:
         return None
+    highest = _highest(search)
     with axes(height=3.6) as (figure, ax):
         for (screen, keys), color in zip(both, ("#4f86c6", "#3a9188", "#c58b2a", "#8a8f98"), strict=False):
             agreement = screen["agreement"]
+            near = [key for key in keys if target[key] <= highest]
             label = f"{screen['where']}: tau {agreement['tau']:.2f}, {agreement['pairs']} candidates"
-            x, y = [screen["scores"][key] for key in keys], [target[key]["score"] for key in keys]
-            ax.plot(x, y, "o", color=color, markersize=5, label=label)
+            if len(near) < len(keys):
+                label += f", of which {len(keys) - len(near)} far above"
+            ax.plot([screen["scores"][key] for key in near], [target[key] for key in near], "o", color=color,
+                    markersize=5, label=label)  # fmt: skip
         title = "Do the screens rank as the target does?"
         ax.set(xlabel="loss at the screen", ylabel="loss at the target", title=title)
         ax.legend(fontsize=9)
         return figure
+
+
+def _highest(search: dict[str, Any]) -> float:
+    """Return the highest loss to draw: half of the candidates, and as far up from the seed as the winner is down."""
+    scores = sorted(one["score"] for one in search["history"])
+    seed: float = search["best_seed"]["score"]
+    return max(seed + (seed - scores[0]), scores[len(scores) // 2])
 
 
 def svg(figure: Figure) -> str:
