@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is not installed
 
 import longrope_kernels as lk
 from bench import cpu, peers, plots, readme, record, tables, timing, workloads
-from bench.workloads import OURS, PACKED, TORCH, UNROTATED, Disagreement, Shape
+from bench.workloads import OURS, OURS_BF16, PACKED, TORCH, UNROTATED, Disagreement, Shape
 
 SHAPE = Shape(4, 2, 32, 48, torch.bfloat16)
 TINY = 256
@@ -69,9 +69,22 @@ def test_a_row_whose_sides_disagree_has_no_figures(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(workloads, "tolerance", lambda shape: 0.0)
     monkeypatch.setattr(peers, "compile_failure", lambda call: "not in this test")
     assert cpu.run(tmp_path, only="decode", budget=0.01, divisor=TINY, figure=None) == 1
-    (row,) = json.loads((tmp_path / "cpu.partial.json").read_text())["rows"]
+    row, int8 = json.loads((tmp_path / "cpu.partial.json").read_text())["rows"]
     assert "seconds" not in row
     assert "expected at most 0" in row["refused"]
+    assert int8["name"].startswith("int8")
+    assert int8["ratios"][OURS_BF16] > 0, "a row that is refused costs no other"
+
+
+def test_an_int8_cache_that_answers_wrong_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = lk.KVCache.attend
+
+    def wrong(cache: lk.KVCache, *arguments: Any) -> Any:
+        return attend(cache, *arguments) * (1.0 if cache.pages.key_scale is None else 0.9)
+
+    monkeypatch.setattr(lk.KVCache, "attend", wrong)
+    with pytest.raises(Disagreement, match="ours, bf16 cache differs from ours"):
+        workloads.decode_int8(SHAPE)
 
 
 def test_a_record_says_where_it_comes_from_and_has_a_ratio_and_a_share_in_every_row(content: dict[str, Any]) -> None:
