@@ -166,10 +166,24 @@ def archive(tmp_path):
     return path
 
 
+def package_files():
+    """Every file of both packages that people wrote: code, style sheets, tables, markers of types."""
+    folders = ROOT / "longrope_kernels", ROOT / "python" / "longrope"
+    files = (path for folder in folders for path in folder.rglob("*.*"))
+    return [path for path in files if path.suffix not in (".pyc", ".so") and path.is_file()]
+
+
+def test_a_wheel_has_every_file_of_the_packages(tmp_path):
+    done = run(sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path, LONGROPE_KERNELS_BUILD="0")
+    assert done.returncode == 0, done.stderr
+    built = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert {str(path.relative_to(ROOT)).removeprefix("python/") for path in package_files()} <= built
+
+
 def test_a_source_distribution_has_all_that_a_build_reads(archive):
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    wanted = [*ROOT.glob("csrc/**/*.*"), *ROOT.glob("longrope_kernels/**/*.py"), *ROOT.glob("python/**/*.py")]
+    wanted = [*ROOT.glob("csrc/**/*.*"), *package_files()]
     wanted += [ROOT / name for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE")]
     assert {str(path.relative_to(ROOT)) for path in wanted} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]

@@ -627,15 +627,15 @@ class Decoder {
         for (int r = 0; r < rows; ++r) {
             float top = -std::numeric_limits<float>::infinity();
             for (int64_t run = 0; run < runs_of_sequence; ++run) top = std::max(top, partial[run * run_elements + r]);
-            const bool seen = !std::isinf(top);
             float sum = 0.0f;
             std::fill(total.begin(), total.end(), 0.0f);
-            for (int64_t run = 0; seen && run < runs_of_sequence; ++run) {
+            for (int64_t run = 0; run < runs_of_sequence; ++run) {
                 const float* from = partial + run * run_elements;
                 const float scale = std::isinf(from[r]) ? 0.0f : exp2v(splat(from[r] - top))[0];
                 sum += from[most_rows + r] * scale;
                 for (int64_t c = 0; c < columns; ++c) total[c] += from[2 * most_rows + r * columns + c] * scale;
             }
+            const bool seen = sum != 0.0f;  // also where a score is not a number: then neither is the result
             const int64_t i = r / group, query_head = head * group + r % group;
             T* to = const_cast<T*>(row_of<T>(p.out, b, query_head, query_row(p, b, i)));
             for (int64_t d = 0; d < p.head_dim; ++d) narrow(seen ? total[d] / sum : 0.0f, to + d);

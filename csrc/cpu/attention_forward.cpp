@@ -233,9 +233,9 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& pac
         const int64_t i = (first_row + r) / group, query_head = head * group + (first_row + r) % group;
         T* to = out + query_head * p.out.head_stride + query_row(p, b, i) * p.out.token_stride;
         const float sum = reduce_add(load<vf>(w.sums[r]));
-        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+        const float inverse = 1.0f / sum;
         const float* from = w.out.get() + r * columns;
-        const bool seen = w.largest[r] != -kInfinity;
+        const bool seen = sum != 0.0f;  // also where a score is not a number: then neither is the result
         for (int64_t d = 0; d < p.head_dim; ++d) narrow(seen ? from[d] * inverse : 0.0f, to + d);
         p.lse[lse_index(p, b, query_head, i)] = seen ? (w.largest[r] + std::log2(sum)) * kLn2 : -kInfinity;
     }

@@ -98,9 +98,9 @@ inline float reduce_add(vf v) {
     return v[0];
 }
 
-// 2^x for x <= 127, to 1.5e-7 relative; 0 below -126 and at -inf.
+// 2^x for x <= 127, to 1.5e-7 relative; 0 below -126 and at -inf; not a number of what is none, and of +inf.
 inline vf exp2v(vf x) {
-    const vf clamped = vmax(x, splat(-200.0f));
+    const vf clamped = vmax(splat(-200.0f), x);  // in this order a NaN stays one
 #if defined(__AVX512F__)
     const vf whole = _mm512_roundscale_ps(clamped, 0);
 #else
@@ -123,14 +123,14 @@ inline vf exp2v(vf x) {
     std::memcpy(&exponent, &shifted, sizeof exponent);
     bits += exponent << 23;
     std::memcpy(&p, &bits, sizeof bits);
-    return x >= -126.0f ? p : splat(0.0f);
+    return x >= -126.0f ? (x < 128.0f ? p : f) : x < -126.0f ? splat(0.0f) : x;
 #endif
 }
 
 // tanh to 2e-7 absolute and relative: 1 - 2 / (e^2x + 1) away from zero, a polynomial near it.
 inline vf tanhv(vf x) {
     const vf magnitude = vmax(x, -x);
-    const vf e = exp2v(vmax(magnitude * -2.88539008177792681f, splat(-100.0f)));  // e^(-2|x|)
+    const vf e = exp2v(vmax(splat(-100.0f), magnitude * -2.88539008177792681f));  // e^(-2|x|)
     const vf far = (1.0f - e) / (1.0f + e);
     const vf x2 = x * x;
     const vf near =
