@@ -82,6 +82,16 @@ def test_it_shows_the_five_figures(page: Page, extended: Run) -> None:
     assert {file.stem for file in (extended.folder / "figures").iterdir()} == names
 
 
+def test_the_run_in_the_repository_can_still_be_reported(tmp_path: Path) -> None:
+    kept = Path(__file__).parents[2] / "bench/results/search_full"
+    folder = Path(shutil.copytree(kept, tmp_path / "run"))
+    (folder / "report.html").unlink()
+    assert write_report(folder).read_text().startswith("<!doctype html>")
+    assert {file.name for file in (folder / "figures").iterdir()} == {
+        file.name for file in (kept / "figures").iterdir()
+    }
+
+
 def test_it_has_the_perplexity_of_every_method_by_position(text: str, extended: Run) -> None:
     for method in read(extended, "heldout.json")["methods"].values():
         assert method["title"] in text

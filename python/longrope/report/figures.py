@@ -13,6 +13,8 @@ import matplotlib.ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .files import screen_text
+
 COLORS = {"original": "#8a8f98", "pi": "#c58b2a", "ntk": "#4f86c6", "yarn": "#3a9188", "longrope": "#c8385a"}
 TITLES = {"original": "original", "pi": "PI", "ntk": "NTK", "yarn": "YaRN", "longrope": "LongRoPE (ours)"}
 INK, FAINT = "#22262e", "#d9dce1"
@@ -59,7 +61,7 @@ def factors(search: dict[str, Any], inspection: dict[str, Any]) -> Figure:
         ax.plot(ours["factors"], color=COLORS["longrope"], label=title, linewidth=2.2, marker="o", markersize=3.2)
         _critical(ax, inspection)
         ax.set(xlabel="rotary pair, fastest first", ylabel="rescale factor", title="Rescale factors")
-        ax.legend(loc="upper left", ncols=2, fontsize=9)
+        ax.legend(loc="upper left", bbox_to_anchor=(0, 0.95), fontsize=9)
         return figure
 
 
@@ -72,41 +74,53 @@ def wavelengths(inspection: dict[str, Any]) -> Figure:
         ax.bar(range(len(pairs)), periods, color=colors, width=0.8)
         ax.axhline(1.0, color=INK, linewidth=0.9)
         ax.set_yscale("log")
-        _critical(ax, inspection)
+        _critical(ax, inspection, top=True)
         length = f"{inspection['original_length']:,}"
         ax.set(xlabel="rotary pair, fastest first", ylabel="turns", title=f"Turns in the {length} tokens of training")
         return figure
 
 
 def by_position(heldout: dict[str, Any]) -> Figure:
-    """Held-out perplexity by position, all methods."""
-    with axes(height=4.0) as (figure, ax):
-        for name, method in heldout["methods"].items():
+    """Held-out perplexity by position, all methods; below, what each loses against the best rival of ours."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 5.6), layout="constrained")
+        upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+        methods = heldout["methods"]
+        rivals = [name for name in ("pi", "ntk", "yarn") if name in methods]
+        best = min(rivals, key=lambda name: methods[name]["nll"], default="original")
+        base = [bucket["nll"] for bucket in methods[best]["by_position"]]
+        reach = 0.0
+        for name, method in methods.items():
             buckets = method["by_position"]
             middles = [(bucket["first"] + bucket["last"]) / 2 for bucket in buckets]
-            values = [math.exp(min(bucket["nll"], 50)) for bucket in buckets]
             ours = name == "longrope"
-            ax.plot(
-                middles,
-                values,
-                color=COLORS[name],
-                label=method["title"],
-                linewidth=2.4 if ours else 1.6,
-                marker="o",
-                markersize=4.5 if ours else 3,
-                zorder=3 if ours else 2,
-            )
+            style: dict[str, Any] = {
+                "color": COLORS[name],
+                "label": method["title"],
+                "linewidth": 2.4 if ours else 1.6,
+                "marker": "o",
+                "markersize": 4.5 if ours else 3,
+                "zorder": 3 if ours else 2,
+            }
+            upper.plot(middles, [math.exp(min(bucket["nll"], 50)) for bucket in buckets], **style)
+            differences = [bucket["nll"] - other for bucket, other in zip(buckets, base, strict=True)]
+            lower.plot(middles, differences, **style)
+            if ours or name == best:
+                reach = max([reach, *map(abs, differences)])
         original = heldout["original_length"]
-        ax.axvline(original, color=INK, linewidth=0.9, linestyle=":")
-        ax.annotate(
+        for ax in (upper, lower):
+            ax.axvline(original, color=INK, linewidth=0.9, linestyle=":")
+            _thousands(ax)
+        upper.annotate(
             f"trained to {original:,}", (original, 1), (4, -4), xycoords=("data", "axes fraction"),
             textcoords="offset points", va="top", fontsize=8.5, color="#50565f",
         )  # fmt: skip
-        ax.set_yscale("log")
-        _plain_log(ax)
-        _thousands(ax)
-        ax.set(xlabel="position, tokens", ylabel="perplexity (log scale)", title="Held-out perplexity by position")
-        ax.legend(fontsize=9, ncols=2)
+        upper.set_yscale("log")
+        _plain_log(upper)
+        upper.set(ylabel="perplexity (log scale)", title="Held-out perplexity by position")
+        upper.legend(fontsize=9, ncols=2)
+        lower.set_ylim(-3 * max(reach, 1e-4), 3 * max(reach, 1e-4))
+        lower.set(xlabel="position, tokens", ylabel=f"nats above {methods[best]['title']}")
         return figure
 
 
@@ -150,7 +164,7 @@ def screens(search: dict[str, Any]) -> Figure | None:
         for (screen, keys), color in zip(both, ("#4f86c6", "#3a9188", "#c58b2a", "#8a8f98"), strict=False):
             agreement = screen["agreement"]
             near = [key for key in keys if target[key] <= highest]
-            label = f"{screen['where']}: tau {agreement['tau']:.2f}, {agreement['pairs']} candidates"
+            label = f"{screen_text(screen)}: tau {agreement['tau']:.2f}, {agreement['pairs']} candidates"
             if len(near) < len(keys):
                 label += f", of which {len(keys) - len(near)} far above"
             ax.plot([screen["scores"][key] for key in near], [target[key] for key in near], "o", color=color,
@@ -187,12 +201,13 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _critical(ax: Axes, inspection: dict[str, Any]) -> None:
+def _critical(ax: Axes, inspection: dict[str, Any], top: bool = False) -> None:
     at = inspection["critical_pair"] - 0.5
     ax.axvline(at, color=INK, linewidth=0.9, linestyle=":")
     ax.annotate(
-        "less than one turn in training →", (at, 0), (4, 5), xycoords=("data", "axes fraction"),
-        textcoords="offset points", fontsize=8.5, color="#50565f",
+        "less than one turn in training →", (at, float(top)), (4, -5 if top else 5),
+        xycoords=("data", "axes fraction"), textcoords="offset points", va="top" if top else "bottom",
+        fontsize=8.5, color="#50565f",
     )  # fmt: skip
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..search.screening import describe
+
 OURS = "longrope"
 
 
@@ -22,3 +24,10 @@ class Report:
     @property
     def settings(self) -> dict[str, Any]:
         return dict(self.run["settings"])
+
+
+def screen_text(screen: dict[str, Any]) -> str:
+    """Say what a screen read; runs from before screens had documents of their own do not say how many."""
+    if "documents" in screen:
+        return describe(screen["length"], screen["documents"])
+    return f"{screen['length']:,} tokens of every document"

@@ -6,7 +6,7 @@ import shlex
 from html import escape
 
 from ..progress import clock
-from .files import Report
+from .files import Report, screen_text
 from .markup import figure, table
 
 
@@ -65,7 +65,7 @@ def search_section(report: Report, drawn: dict[str, str]) -> str:
         found = screen["agreement"]
         dropped = screen["dropped_after_pairs"]
         parts.append(
-            f"<p>Screen at {screen['where']}: Kendall's tau {found['tau']:.2f}, Spearman's rho "
+            f"<p>Screen at {screen_text(screen)}: Kendall's tau {found['tau']:.2f}, Spearman's rho "
             f"{found['rho']:.2f} "
             f"over {found['pairs']} candidates; its favourite is number {found['favourite_rank']} at the target."
             + (f" Dropped after {dropped} candidates: its ranks did not agree." if dropped else "")

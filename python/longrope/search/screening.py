@@ -34,7 +34,7 @@ class Screen:
     @property
     def where(self) -> str:
         """What it reads, in words."""
-        return f"{self.length:,} tokens of {self.documents} document{'s' * (self.documents != 1)}"
+        return describe(self.length, self.documents)
 
     def __call__(self, candidate: Candidate) -> float:
         value = self.score(candidate)
@@ -46,6 +46,16 @@ class Screen:
         found = agreement(self.scores, target)
         if self.dropped_after is None and found.pairs >= self.least_pairs and found.tau < self.floor:
             self.dropped_after = found.pairs
+
+
+def describe(length: int, documents: int) -> str:
+    """Return what a screen reads, in words.
+
+    Examples:
+        >>> describe(14336, 1)
+        '14,336 tokens of 1 document'
+    """
+    return f"{length:,} tokens of {documents} document{'s' * (documents != 1)}"
 
 
 @dataclass(frozen=True)

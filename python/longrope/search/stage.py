@@ -16,7 +16,7 @@ from ..evaluate.scoring import Scorer
 from ..progress import Task, clock, say, task
 from .budget import Budget, forward_cost
 from .evolve import EvolutionSettings, Outcome, Scored, evolve, survivors_counts
-from .screening import Screen, agreement
+from .screening import Screen, agreement, describe
 from .seeds import SEED_NAMES, baselines, su_attention_factor, yarn_attention_factor
 from .space import Candidate, Space, nearest
 
@@ -230,7 +230,6 @@ def summary(
             {
                 "length": screen.length,
                 "documents": screen.documents,
-                "where": screen.where,
                 "keep": screen.keep,
                 "scores": screen.scores,
                 "agreement": agreement(screen.scores, target).to_dict(),
@@ -296,8 +295,9 @@ def say_result(outcome: Outcome, result: dict[str, Any]) -> None:
     for screen in result["screens"]:
         found = screen["agreement"]
         say(
-            f"  screen at {screen['where']} against the target: Kendall tau {found['tau']:.2f} over "
-            f"{found['pairs']} candidates; its favourite is number {found['favourite_rank']} at the target"
+            f"  screen at {describe(screen['length'], screen['documents'])} against the target: Kendall tau "
+            f"{found['tau']:.2f} over {found['pairs']} candidates; its favourite is number "
+            f"{found['favourite_rank']} at the target"
             + (f"; dropped after {screen['dropped_after_pairs']}" if screen["dropped_after_pairs"] else "")
         )
 
