@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,3 +132,17 @@ def test_unrelated_orders_hardly_agree() -> None:
     x, y = random.normal(size=300).tolist(), random.normal(size=300).tolist()
     assert abs(kendall_tau(x, y)) < 0.1
     assert abs(spearman_rho(x, y)) < 0.15
+
+
+def test_screens_are_tried_on_the_log_of_a_finished_run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    from bench import screens
+
+    found = screens.candidates(screens.RESULTS / "search_full")
+    documents = list(found[0])
+    assert screens.taus(found, documents, 16384) == (1.0, 1.0)
+    shorter = screens.taus(found, documents, 10240)
+    assert all(-1 <= tau < 1 for tau in shorter)
+    monkeypatch.setattr("sys.argv", ["bench.screens"])
+    screens.main()
+    assert f"{shorter[0]:>6.2f}{shorter[1]:>13.2f}" in capsys.readouterr().out
