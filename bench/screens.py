@@ -1,7 +1,7 @@
 """How well a part of the text ranks candidates as all of it does: `python -m bench.screens [RUN]`.
 
-Every evaluation at the target length holds the losses of its prefixes, so any shorter or narrower screen can be tried on
-a finished run at no cost. Prints Kendall's tau against the objective, over all candidates and over the better half,
+Every evaluation at the target length holds the losses of its prefixes, so any shorter or narrower screen can be tried
+on a finished run at no cost. Prints Kendall's tau against the objective, over all candidates and over the better half,
 where it matters, and the cost of the screen as a share of the objective's.
 """
 

@@ -97,7 +97,8 @@ class Pages:
     block_table[b, i // page_tokens].
 
     Quantised where the scales are given: values int8 with a scale per token; keys int8 with a scale per channel for
-    every whole group of KEY_GROUP tokens, and in full precision in the tail until their group is whole.
+    every whole group of KEY_GROUP tokens, and in full precision in the tail until their group is whole. The tail is a
+    ring, so the length of a quantised sequence can be taken back within its last group only (`KVCache.truncate`).
     """
 
     key: Tensor  # [pages, Hkv, page_tokens, D], in the dtype of the query or int8

@@ -158,16 +158,30 @@ class KVCache:
             backend,
         )
 
-    def release(self, sequence: int) -> None:
-        """Empty one sequence; its pages go back to the pool."""
+    def truncate(self, sequence: int, tokens: int) -> None:
+        """Forget all but the first `tokens` of one sequence, as when drafted tokens are refused.
+
+        Raises:
+            ValueError: more than it has; or, of a quantised cache, fewer than its last whole 64: what was rounded to
+                int8 has no full-precision tail to go back to (0 empties it all the same).
+        """
         if not 0 <= sequence < len(self._held):
             refuse("sequence", sequence, f"an int in [0, {len(self._held) - 1}]")
-        self._held[sequence] = 0
-        self.pages.length[sequence] = 0
+        held = self._held[sequence]
+        least = held // KEY_GROUP * KEY_GROUP if self.pages.key_tail is not None else 0
+        if tokens != 0 and not least <= tokens <= held:
+            refuse("tokens", tokens, f"0, or from {least} to the {held} tokens of sequence {sequence}")
+        self._held[sequence] = tokens
+        self.pages.length[sequence] = tokens
         if self.paged:
-            self.free.extend(reversed(self._owned[sequence]))
-            self._owned[sequence] = []
-            self.pages.block_table[sequence] = -1
+            kept = -(-tokens // self.pages.page_tokens)
+            self.free.extend(reversed(self._owned[sequence][kept:]))
+            del self._owned[sequence][kept:]
+            self.pages.block_table[sequence, kept:] = -1
+
+    def release(self, sequence: int) -> None:
+        """Empty one sequence; its pages go back to the pool."""
+        self.truncate(sequence, 0)
 
     def _reserve(self, counts: list[int]) -> list[int]:
         """Give every sequence the pages it needs; return which sequence got each."""

@@ -191,8 +191,8 @@ def pages(pages: Pages) -> None:
     if pages.length.shape != (pages.block_table.shape[0],) or pages.length.dtype != torch.int64:
         refuse("length", f"{pages.length.dtype} {tuple(pages.length.shape)}", "torch.int64 [batch], as block_table")
     scales = {"key_scale": pages.key_scale, "value_scale": pages.value_scale, "key_tail": pages.key_tail}
-    if (key.dtype == torch.int8) != (value.dtype == torch.int8):
-        refuse("value_pages", value.dtype, f"int8 like key_pages, which are {key.dtype}")
+    if key.dtype != value.dtype:
+        refuse("value_pages", value.dtype, f"{key.dtype}, as key_pages", TypeError)
     missing = [name for name, x in scales.items() if (x is None) == (key.dtype == torch.int8)]
     if missing:
         what = "None beside int8 pages" if key.dtype == torch.int8 else f"a tensor beside {key.dtype} pages"
@@ -235,6 +235,7 @@ def append_values(pages: Pages, count: Tensor, tokens: int) -> None:
         return
     _within("count", count, 0, tokens)
     capacity = pages.block_table.shape[1] * pages.page_tokens
+    _within("length", pages.length, 0, capacity)
     full = pages.length + count
     if int(full.max()) > capacity:
         b = int(full.argmax())

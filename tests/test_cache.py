@@ -180,6 +180,63 @@ def test_released_pages_are_used_again():
     assert torch.equal(out[0], lk.attention(queries(1)[:1], key[:1], value[:1], PLAIN)[0])
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("page_tokens", [None, 64])
+def test_a_truncated_cache_is_one_that_never_held_more(quantised, page_tokens):
+    shape = {"quantised": quantised, "page_tokens": page_tokens}
+    key, value = tokens(100, batch=1)
+    cache, fresh = (lk.KVCache(1, 2, 64, 256, torch.float32, **shape) for _ in range(2))
+    cache.append(key, value)
+    cache.truncate(0, 70)
+    fresh.append(key[:, :, :70], value[:, :, :70])
+    query = queries(1)[:1]
+    assert torch.equal(cache.attend(query, PLAIN), fresh.attend(query, PLAIN))
+    for both in (cache, fresh):
+        both.append(key[:, :, :40], value[:, :, :40])
+    assert torch.equal(cache.attend(query, PLAIN), fresh.attend(query, PLAIN))
+    assert len(cache.free) == len(fresh.free)
+
+
+def test_a_truncation_that_cannot_be_is_refused():
+    cache = lk.KVCache(1, 2, 64, 256, torch.float32, quantised=True)
+    cache.append(*tokens(70, batch=1))
+    with pytest.raises(ValueError, match=r"^tokens: got 60, expected 0, or from 64 to the 70 tokens of sequence 0$"):
+        cache.truncate(0, 60)
+    with pytest.raises(ValueError, match=r"^tokens: got 71, expected 0, or from 64"):
+        cache.truncate(0, 71)
+    cache.truncate(0, 0)
+    assert cache.length.tolist() == [0]
+
+
+def test_append_to_a_negative_length_is_refused():
+    stored = (torch.zeros(1, 2, 64, 64) for _ in range(2))
+    pages = lk.Pages(*stored, torch.zeros(1, 1, dtype=torch.int32), torch.tensor([-5]))
+    with pytest.raises(ValueError, match=r"^length: got -5, expected values in \[0, 64\]$"):
+        lk.cache_append(*tokens(4, batch=1), pages)
+    assert not pages.key.any()
+
+
+def test_pages_of_two_dtypes_are_refused():
+    key, value = torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, 64, 64, dtype=torch.float16)
+    pages = lk.Pages(key, value, torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0]))
+    with pytest.raises(TypeError, match=r"^value_pages: got torch.float16, expected torch.float32, as key_pages$"):
+        lk.cache_append(*tokens(4, batch=1), pages)
+
+
+@every_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [15, 16, 17, 33, 64, 65])
+def test_many_queries_at_the_end_are_what_the_whole_sequence_gives_there(cpu_level, rows, dtype):
+    """Up to 64 rows of a key head in passes of 16, beyond by blocks: one function of the sequence."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 2200, 64, generator=generator).to(dtype) for heads in (1, 1, 1))
+    out, lse = lk.attention(query[:, :, -rows:], key, value, LADDER, return_lse=True)
+    exact = (query[:, :, -rows:].double(), key.double(), value.double())
+    expected, expected_lse = lk.attention(*exact, LADDER, return_lse=True, backend="reference")
+    assert (out - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max() + 1e-6
+    assert (lse - expected_lse).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
 @every_level
 def test_an_empty_sequence_gives_zero():
     cache = lk.KVCache(2, 2, 64, 10, torch.float32)
@@ -224,7 +281,7 @@ def bad_pages(**changes):
         ({"length": torch.tensor([129, 0])}, r"length: got 129, expected values in \[0, 128\]"),
         ({"length": torch.tensor([-1, 0])}, r"length: got -1"),
         ({"block_table": torch.zeros(2, 2)}, r"block_table: got torch.float32 \(2, 2\), expected torch.int32"),
-        ({"key": torch.zeros(4, 2, 64, 64, dtype=torch.int8)}, r"value_pages: got torch.float32, expected int8 like"),
+        ({"key": torch.zeros(4, 2, 64, 64, dtype=torch.int8)}, r"value_pages: got torch.float32, expected torch.int8, as"),
         ({"key_scale": torch.zeros(1)}, r"key_scale: got a tensor beside torch.float32 pages"),
         ({"value": torch.zeros(4, 2, 32, 64)}, r"value_pages: got shape \(4, 2, 32, 64\), expected that of key_pages"),
     ],

@@ -47,6 +47,14 @@ def test_a_packed_sequence_gives_the_bits_it_gives_alone(dtype, lengths, is_caus
         assert torch.equal(lse[:, rows], one_lse[0])
 
 
+@every_level
+def test_bounds_may_have_any_stride():
+    operands, (bounds, _) = packed([10, 15, 15], [10, 15, 15])
+    strided = torch.stack([bounds, bounds * 0 + 7], 1)[:, 0]
+    assert torch.equal(lk.attention_varlen(*operands, bounds, scaling=LADDER),
+                       lk.attention_varlen(*operands, strided, scaling=LADDER))  # fmt: skip
+
+
 @every_backend_and_level
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_those_of_the_sequences_alone(backend, dtype):

@@ -29,7 +29,8 @@
 namespace longrope {
 namespace {
 
-constexpr int kDecodeRows = 16;       // query rows of a key head at most
+constexpr int kDecodeRows = 16;       // query rows of a key head that share a pass over the keys
+constexpr int kDecodeMostRows = 64;   // rows of a sequence: beyond, packing the keys once costs less than the passes
 constexpr int kDecodeGroup = 8;       // rows whose sums are in registers at once
 constexpr int kDecodeKeys = 32;       // keys that share a query rotation
 constexpr int64_t kDecodeRun = 2048;  // keys of a task
@@ -80,7 +81,7 @@ constexpr bool multiplies_pairs() {
 template <class T>
 class Decoder {
   public:
-    // Attends for `sequences`, each of at most kDecodeRows rows a key head.
+    // Attends for `sequences`, each of at most kDecodeMostRows rows a key head.
     Decoder(const AttentionParams& params, const std::vector<int64_t>& sequences)
         : p(params),
           sequences(sequences),
@@ -92,31 +93,33 @@ class Decoder {
           group(p.query_heads / p.key_heads),
           in_place(!p.rotation.interleaved && pairs % kLanes == 0 && (p.head_dim - 2 * pairs) % kLanes == 0) {
         for (int64_t b : sequences) {
-            runs_of_sequence = std::max(runs_of_sequence, (p.key_length[b] + kDecodeRun - 1) / kDecodeRun);
+            first_task.push_back(first_task.back() + p.key_heads * row_groups(b) * runs(b));
             blocks = std::max(blocks, (std::min(p.key_length[b], kDecodeRun) + kDecodeKeys - 1) / kDecodeKeys);
-            most_rows = std::max(most_rows, static_cast<int>(group * query_count(p, b)));
+            most_rows = std::max<int64_t>(most_rows, std::min<int64_t>(row_count(b), kDecodeRows));
             regimes = std::max<int64_t>(regimes, p.rotation.regime_index[b] + 1);
         }
         fill_tables();
     }
 
     void run() {
-        const int64_t heads = static_cast<int64_t>(sequences.size()) * p.key_heads;
-        const int64_t run_elements = most_rows * (columns + 2);
-        const Buffer<float> partial = allocate<float>(heads * runs_of_sequence * run_elements);
+        const int64_t run_elements = most_rows * (columns + 2), tasks = first_task.back();
+        const Buffer<float> partial = allocate<float>(tasks * run_elements);
         std::atomic<int64_t> next{0};
-        const int64_t tasks = heads * runs_of_sequence;
         run_workers(static_cast<int>(std::min<int64_t>(p.threads, tasks)), [&](int) {
             Workspace w(*this);
             for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
-                const int64_t pair = task / runs_of_sequence, run = task % runs_of_sequence;
-                w.begin(p, sequences[pair / p.key_heads], pair % p.key_heads, group);
-                attend_run(w, run, partial.get() + task * run_elements);
+                const int64_t s = std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1;
+                const int64_t b = sequences[s], part = (task - first_task[s]) / runs(b);
+                w.begin(p, b, part / row_groups(b), part % row_groups(b) * kDecodeRows, group);
+                attend_run(w, (task - first_task[s]) % runs(b), partial.get() + task * run_elements);
             }
         });
-        for (int64_t pair = 0; pair < heads; ++pair)
-            merge(sequences[pair / p.key_heads], pair % p.key_heads,
-                  partial.get() + pair * runs_of_sequence * run_elements, run_elements);
+        for (size_t s = 0; s < sequences.size(); ++s) {
+            const int64_t b = sequences[s];
+            for (int64_t part = 0; part < p.key_heads * row_groups(b); ++part)
+                merge(b, part / row_groups(b), part % row_groups(b) * kDecodeRows,
+                      partial.get() + (first_task[s] + part * runs(b)) * run_elements, run_elements);
+        }
     }
 
   private:
@@ -125,10 +128,16 @@ class Decoder {
     int64_t pairs, half, rest, width, columns, group;
     bool in_place;  // rows are read where they lie; else they are spread into a buffer first
     int most_rows = 0;
-    int64_t regimes = 1, runs_of_sequence = 1;
+    int64_t regimes = 1;
+    std::vector<int64_t> first_task = {
+        0};                // of each sequence: runs of its keys, for each group of rows of each key head
     int64_t blocks = 0;    // of a run, at most
     Buffer<float> tables;  // [regime][scaled or base][key of a block][cos of half, sin of half]
     Buffer<float> steps;   // [regime][block of a run][cos, sin]: of its distance to the run's beginning, backwards
+
+    int64_t row_count(int64_t b) const { return group * query_count(p, b); }
+    int64_t row_groups(int64_t b) const { return (row_count(b) + kDecodeRows - 1) / kDecodeRows; }
+    int64_t runs(int64_t b) const { return (p.key_length[b] + kDecodeRun - 1) / kDecodeRun; }
 
     static int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
     int64_t table_elements() const { return int64_t{kDecodeKeys} * 2 * half; }
@@ -148,7 +157,7 @@ class Decoder {
         Buffer<float> row;        // [width], a key spread out; [columns], its scales
         Buffer<float> scores;     // [rows][kDecodeKeys], then probabilities in fp32 or bf16
         Buffer<float> sums;       // [kDecodeGroup][kLanes vectors]
-        int64_t b, head, low[kDecodeRows], high[kDecodeRows];
+        int64_t b, head, first_row, low[kDecodeRows], high[kDecodeRows];
         int64_t run_begin = -1;  // the key whose angles `at_run` has
         int rows;
         const void *keys[kDecodeKeys], *values[kDecodeKeys];
@@ -165,12 +174,13 @@ class Decoder {
               scores(zeros(kDecodeRows * kDecodeKeys)),
               sums(zeros(kDecodeGroup * kLanes * kLanes)) {}
 
-        void begin(const AttentionParams& p, int64_t sequence, int64_t key_head, int64_t group) {
+        void begin(const AttentionParams& p, int64_t sequence, int64_t key_head, int64_t row, int64_t group) {
             b = sequence;
             head = key_head;
+            first_row = row;
             run_begin = -1;
-            rows = static_cast<int>(group * query_count(p, b));
-            for (int r = 0; r < rows; ++r) visible_keys(p, b, r / group, &low[r], &high[r]);
+            rows = static_cast<int>(std::min<int64_t>(group * query_count(p, b) - row, kDecodeRows));
+            for (int r = 0; r < rows; ++r) visible_keys(p, b, (row + r) / group, &low[r], &high[r]);
         }
     };
 
@@ -214,9 +224,11 @@ class Decoder {
     }
 
     void spread_queries(Workspace& w) const {
-        for (int r = 0; r < w.rows; ++r)
-            spread(row_of<T>(p.query, w.b, w.head * group + r % group, query_row(p, w.b, r / group)),
+        for (int r = 0; r < w.rows; ++r) {
+            const int64_t row = w.first_row + r;
+            spread(row_of<T>(p.query, w.b, w.head * group + row % group, query_row(p, w.b, row / group)),
                    w.unrotated.get() + r * width);
+        }
     }
 
     // Query rows rotated for a block that begins at key `key`: from the exact angles of the run's beginning by a step
@@ -252,8 +264,8 @@ class Decoder {
         const float factor = p.rotation.attention_factor[regime];
         float *cosines = w.angles.get(), *sines = cosines + half;
         for (int r = 0; r < w.rows; ++r) {
-            if (r % group == 0) {
-                const int64_t position = query_position(p, w.b, r / group);
+            if (const int64_t row = w.first_row + r; r == 0 || row % group == 0) {
+                const int64_t position = query_position(p, w.b, row / group);
                 const int64_t* turns = position < p.rotation.start_tokens[regime] ? base : scaled;
                 for (int64_t i = 0; i < pairs; ++i) {
                     const uint64_t angle = static_cast<uint64_t>(position) * static_cast<uint64_t>(turns[i]) -
@@ -621,9 +633,10 @@ class Decoder {
 #endif
     }
 
-    void merge(int64_t b, int64_t head, const float* partial, int64_t run_elements) const {
+    void merge(int64_t b, int64_t head, int64_t first_row, const float* partial, int64_t run_elements) const {
         std::vector<float> total(columns);
-        const int rows = static_cast<int>(group * query_count(p, b));
+        const int rows = static_cast<int>(std::min<int64_t>(row_count(b) - first_row, kDecodeRows));
+        const int64_t runs_of_sequence = runs(b);
         for (int r = 0; r < rows; ++r) {
             float top = -std::numeric_limits<float>::infinity();
             for (int64_t run = 0; run < runs_of_sequence; ++run) top = std::max(top, partial[run * run_elements + r]);
@@ -636,7 +649,7 @@ class Decoder {
                 for (int64_t c = 0; c < columns; ++c) total[c] += from[2 * most_rows + r * columns + c] * scale;
             }
             const bool seen = sum != 0.0f;  // also where a score is not a number: then neither is the result
-            const int64_t i = r / group, query_head = head * group + r % group;
+            const int64_t i = (first_row + r) / group, query_head = head * group + (first_row + r) % group;
             T* to = const_cast<T*>(row_of<T>(p.out, b, query_head, query_row(p, b, i)));
             for (int64_t d = 0; d < p.head_dim; ++d) narrow(seen ? total[d] / sum : 0.0f, to + d);
             p.lse[lse_index(p, b, query_head, i)] =
@@ -647,7 +660,7 @@ class Decoder {
 
 // Whether the decoder serves sequence b: few rows, and keys at consecutive positions. Depends on the sequence alone.
 inline bool decodes(const AttentionParams& p, int64_t b) {
-    return p.key_heads > 0 && p.query_heads / p.key_heads * query_count(p, b) <= kDecodeRows &&
+    return p.key_heads > 0 && p.query_heads / p.key_heads * query_count(p, b) <= kDecodeMostRows &&
            p.key_positions == nullptr;
 }
 

@@ -81,7 +81,7 @@ struct Workspace {
     Buffer<float> probabilities;              // [kTileRows][kKeyBlock], as Math::Element
     Buffer<float> angles;                     // [2][pairs]
     Buffer<T> row;                            // [head_dim]
-    float largest[kRowBlock];                 // running maximum of log2 scores
+    float largest[kRowBlock];                 // running maximum of the scores
     float sums[kRowBlock][kLanes];            // running sum of probabilities, by lane
     int64_t low[kRowBlock], high[kRowBlock];  // visible keys, by index
 
@@ -94,25 +94,26 @@ struct Workspace {
           row(allocate<T>(p.head_dim)) {}
 };
 
+// What makes a log2 score of one that is stored; behind a softcap it already is.
+inline float log2_multiplier(const AttentionParams& p) {
+    return p.softcap > 0.0f ? 1.0f : p.scale * kLog2E;
+}
+
 // Scores of a strip become probabilities: mask, softcap, running maximum and sum. Returns in `scales` what the strip's
 // output is to be multiplied by.
 template <class T, class Math>
 __attribute__((noinline)) void softmax_strip(const AttentionParams& p, Workspace<T, Math>& w, int first_row,
                                              int64_t first_key, int begin, int end, float* scales) {
     const vi lane = iota();
-    const float factor = p.scale * kLog2E;
-    const float cap = p.softcap * kLog2E;
+    const float multiplier = log2_multiplier(p), cap = p.softcap * kLog2E;
     for (int r = 0; r < kTileRows; ++r) {
         const int row = first_row + r;
         float* scores = w.scores.get() + r * kKeyBlock;
         const int low = static_cast<int>(std::clamp<int64_t>(w.low[row] - first_key, begin, end));
         const int high = static_cast<int>(std::clamp<int64_t>(w.high[row] - first_key, begin, end));
-        float multiplier = factor;
-        if (p.softcap > 0.0f) {
+        if (p.softcap > 0.0f)
             for (int c = begin; c < end; c += kLanes)
                 store(scores + c, tanhv(load<vf>(scores + c) * (p.scale / p.softcap)) * cap);
-            multiplier = 1.0f;
-        }
         if (low > begin || high < end) {
             const vf masked = splat(-kInfinity);
             for (int c = begin; c < end; c += kLanes) {
@@ -124,16 +125,16 @@ __attribute__((noinline)) void softmax_strip(const AttentionParams& p, Workspace
         vf top = splat(-kInfinity);
         for (int c = begin; c < end; c += kLanes) top = vmax(top, load<vf>(scores + c));
         const float before = w.largest[row];
-        const float now = std::max(before, reduce_max(top) * multiplier);
+        const float now = std::max(before, reduce_max(top));
         w.largest[row] = now;
         const float shift = now == -kInfinity ? 0.0f : now;
-        const float scale = before == -kInfinity ? 0.0f : exp2v(splat(before - shift))[0];
+        const float scale = before == -kInfinity ? 0.0f : exp2v(splat((before - shift) * multiplier))[0];
         scales[r] = scale;
         vf sum = load<vf>(w.sums[row]) * scale;
         if constexpr (Math::kStep == 1) {
             float* to = w.probabilities.get() + r * kKeyBlock;
             for (int c = begin; c < end; c += kLanes) {
-                const vf x = exp2v(load<vf>(scores + c) * multiplier - shift);
+                const vf x = exp2v((load<vf>(scores + c) - shift) * multiplier);
                 sum += x;
                 store(to + c, x);
             }
@@ -141,8 +142,8 @@ __attribute__((noinline)) void softmax_strip(const AttentionParams& p, Workspace
 #if defined(__AVX512BF16__)
             uint16_t* to = reinterpret_cast<uint16_t*>(w.probabilities.get()) + r * kKeyBlock;
             for (int c = begin; c < end; c += 2 * kLanes) {
-                const vf x = exp2v(load<vf>(scores + c) * multiplier - shift);
-                const vf y = exp2v(load<vf>(scores + c + kLanes) * multiplier - shift);
+                const vf x = exp2v((load<vf>(scores + c) - shift) * multiplier);
+                const vf y = exp2v((load<vf>(scores + c + kLanes) - shift) * multiplier);
                 sum += x;
                 sum += y;
                 store(to + c, (__m512i)_mm512_cvtne2ps_pbh(y, x));
@@ -228,6 +229,7 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& pac
         }
     }
 
+    const float multiplier = log2_multiplier(p);
     T* out = static_cast<T*>(p.out.data) + b * p.out.batch_stride;
     for (int r = 0; r < rows; ++r) {
         const int64_t i = (first_row + r) / group, query_head = head * group + (first_row + r) % group;
@@ -237,7 +239,7 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& pac
         const float* from = w.out.get() + r * columns;
         const bool seen = sum != 0.0f;  // also where a score is not a number: then neither is the result
         for (int64_t d = 0; d < p.head_dim; ++d) narrow(seen ? from[d] * inverse : 0.0f, to + d);
-        p.lse[lse_index(p, b, query_head, i)] = seen ? (w.largest[r] + std::log2(sum)) * kLn2 : -kInfinity;
+        p.lse[lse_index(p, b, query_head, i)] = seen ? (w.largest[r] * multiplier + std::log2(sum)) * kLn2 : -kInfinity;
     }
 }
 

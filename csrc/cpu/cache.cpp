@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -25,7 +26,8 @@ inline int8_t quantise(float x, float inverse) {
 }
 
 inline float inverse_of(float scale) {
-    return scale > 0.0f ? 1.0f / scale : 0.0f;
+    // A scale whose inverse is no number belongs to values too small for int8 steps: they become 0.
+    return scale >= 1.0f / std::numeric_limits<float>::max() ? 1.0f / scale : 0.0f;
 }
 
 // The scale that maps the largest magnitude to 127; a NaN where a value is not finite, so that reading shows it.
