@@ -10,6 +10,7 @@ import torch
 
 import longrope_kernels as lk
 from longrope_kernels import backends
+from longrope_kernels.bundles import KEY_GROUP
 
 pytest.importorskip("triton")
 
@@ -67,12 +68,27 @@ def test_configurations_depend_on_rows_not_on_keys():
 @pytest.mark.parametrize("width", [32, 64, 128, 256, 512])
 def test_configurations_are_tiles_that_kernels_take(target, itemsize, width):
     chosen = [configs.forward_split(target, width, itemsize, rows) for rows in (1, 17, 64)]
-    chosen += [f(target, width, itemsize, flag) for f in (configs.forward, configs.backward_key) for flag in (0, 1)]
-    plain = (configs.decode, configs.backward_query)
-    chosen += [function(target, width, itemsize) for function in plain]
+    flagged = (configs.forward, configs.backward_query, configs.backward_key)
+    chosen += [function(target, width, itemsize, flag) for function in flagged for flag in (False, True)]
+    chosen += [configs.decode(target, width, itemsize, int8) for int8 in (False, True)]
     for config in chosen:
         for tile in (config.rows, config.keys):
             assert tile >= 16
             assert tile & (tile - 1) == 0
         assert configs.SPLIT_KEYS % config.keys == 0
         assert config.warps in (4, 8)
+    # A block of keys of an int8 cache lies in one group.
+    for config in (*chosen[:3], configs.forward(target, width, itemsize, plain=False), chosen[-1]):
+        assert KEY_GROUP % config.keys == 0
+
+
+def test_the_table_of_configurations_has_every_kernel_on_every_target():
+    table = configs.table()
+    assert tuple(table) == configs.KERNELS
+    for kernel, targets in table.items():
+        assert (*targets, "interpreter") == configs.TARGETS, kernel
+        for sizes in targets.values():
+            assert {bits: tuple(map(int, widths)) for bits, widths in sizes.items()} == {
+                "16": configs.WIDTHS,
+                "32": configs.WIDTHS,
+            }
