@@ -9,6 +9,7 @@ tensors on the meta device. Triton caches what it compiles by source, so a secon
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import json
 import multiprocessing
@@ -154,24 +155,40 @@ def _appends(case: Case, key: torch.Tensor, lengths: torch.Tensor) -> list[Launc
 
 def compile_launch(launch: Launch, target: str) -> Any:
     """Compile a launch for a target, specialised on its arguments as Triton's launcher would."""
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(launch.kernel.params):
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned = []
+    for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(place,)] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
+            constants[parameter.name] = value
+            types[parameter.name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = POINTERS[value.dtype]
         elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+            types[parameter.name] = "fp32"
         else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+            types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if parameter.name not in constants and (isinstance(value, torch.Tensor) or value % 16 == 0):
+            aligned.append(parameter.name)
     options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-    return triton.compile(source, target=TARGETS[target], options=options)
+    return triton.compile(_source(launch.kernel, types, constants, aligned), target=TARGETS[target], options=options)
+
+
+def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: list[str]) -> ASTSource:
+    place = {p.name: i for i, p in enumerate(kernel.params)}
+    if "constexprs" in inspect.signature(ASTSource.__init__).parameters:
+        by_place = {(place[name],): value for name, value in constants.items()}
+        attributes = {(place[name],): [["tt.divisibility", 16]] for name in aligned}
+        return ASTSource(kernel, types, constexprs=by_place, attrs=attributes)
+    # Triton 3.2: constants by name, of which those that are not compile-time parameters have a type as well.
+    from triton.backends.compiler import AttrsDescriptor
+
+    of_run_time = {p.name: "*i8" if constants.get(p.name, 1) is None else "i32" for p in kernel.params}
+    types = {p.name: types[p.name] for p in kernel.params if not p.is_constexpr}
+    types = {name: of_run_time[name] if kind == "constexpr" else kind for name, kind in types.items()}
+    attributes = AttrsDescriptor.from_hints({place[name]: 16 for name in aligned})
+    return ASTSource(kernel, types, constants=constants, attrs=attributes)
 
 
 @dataclass(frozen=True)
