@@ -319,3 +319,27 @@ def test_an_empty_cache_gives_zero():
     assert (out[1] == 0).all()
     assert (lse[1] == -torch.inf).all()
     assert out[0].abs().sum() > 0
+
+
+def test_a_step_over_a_cache_and_packed_batches_compile_into_one_graph():
+    s = scaling(32)
+    caches = [cached(torch.float32, True, 64)[0] for _ in range(2)]
+    key, value = torch.randn(2, 2, 2, 1, 32)
+    query = torch.randn(2, 4, 1, 32)
+    operands, bounds = packed([20, 30], [20, 30])
+
+    def step(query, key, value, pages, operands, bounds):
+        lk.cache_append(key, value, pages, backend="triton")
+        pages.length.add_(1)
+        read = lk.attention_paged(query, pages, s, backend="triton")
+        return read.sin(), lk.attention_varlen(*operands, bounds, scaling=s, backend="triton") * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    rest = (operands, bounds[0])
+    for actual, expected in zip(
+        compiled(query, key, value, caches[0].pages, *rest),
+        step(query, key, value, caches[1].pages, *rest),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected)
+    assert torch.equal(caches[0].pages.key_tail, caches[1].pages.key_tail)
