@@ -55,6 +55,16 @@ def test_hopper_prefill_runs_on_wgmma_and_waits_for_nothing_but_its_loads():
             assert not re.search(r"\b(sin|cos)\.approx", ptx)
 
 
+@pytest.mark.parametrize("op", report_gpu.OPS)
+def test_a_launch_has_the_arguments_of_its_kernel_and_no_other(op):
+    """What Triton's launcher does on a GPU: it refuses a name that is neither a parameter nor an option."""
+    for launch in report_gpu.launches(report_gpu.Case("sm_90", op)):
+        assert list(launch.arguments) == [parameter.name for parameter in launch.kernel.params]
+        assert launch.grid
+        assert all(isinstance(size, int) and 0 < size < 2**31 for size in launch.grid)
+        assert len(launch.grid) == 1 or launch.grid[1] < 2**16
+
+
 def test_strides_past_32_bits_are_64_bit_arguments():
     case = report_gpu.Case("sm_80", "forward", head_dim=64)
     launch = next(x for x in report_gpu.launches(case) if x.name == "forward_kernel")
