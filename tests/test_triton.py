@@ -19,23 +19,33 @@ from longrope_kernels.backends.triton import configs
 INTERPRETED = pathlib.Path(__file__).with_name("test_triton_interpreter.py")
 
 
-def interpret(marks):
+def interpret(*arguments):
     """TRITON_INTERPRET must be set before triton is imported, which torch may have done in this process."""
-    command = [sys.executable, "-m", "pytest", "-x", "-m", marks, "-p", "no:cacheprovider", str(INTERPRETED)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *map(str, arguments)]
+    path = os.pathsep.join((str(INTERPRETED.parent), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
 
 
 def test_interpreted_kernels_conform():
-    assert " passed" in interpret("not slow")
+    assert " passed" in interpret("-m", "not slow", INTERPRETED)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_interpreted_kernels_conform_thoroughly():
-    assert " passed" in interpret("slow")
+    assert " passed" in interpret("-m", "slow", INTERPRETED)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_interpreted_kernels_pass_the_tests_of_caches_and_packed_batches():
+    files = [INTERPRETED.with_name(name) for name in ("test_cache.py", "test_varlen.py")]
+    # Too many drawn problems for the interpreter, and bfloat16, which it has wrong.
+    left_out = "not error_rule and not bits_it_gives_alone and not dtype2 and not bfloat16"
+    assert " passed" in interpret("-p", "interpreted", "-k", left_out, *files)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
