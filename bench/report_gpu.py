@@ -87,7 +87,11 @@ def launches(case: Case) -> list[Launch]:
     batch, query_heads, key_heads, tokens = 1, 32, 8, 16384
     rotary_dim = case.head_dim if case.rotary_dim is None else case.rotary_dim
     queries = {"decode": 1, "decode at positions": 1, "in tile": 40, "pages": 1, "int8": 1, "int8 in tile": 40}
-    queries |= {"8 tokens": 8, "16 tokens": 16}  # of 4 heads to a key head: blocks of 32 and 64 rows
+    queries |= {
+        "8 tokens": 8,
+        "16 tokens": 16,
+        "int8 16 tokens": 16,
+    }  # of 4 heads to a key head: blocks of 32 and 64 rows
     rows = queries.get(case.op, tokens)
     query = torch.empty(batch, query_heads, rows, case.head_dim, dtype=case.dtype, **meta)
     key = torch.empty(batch, key_heads, tokens, case.head_dim, dtype=case.dtype, **meta)
@@ -97,7 +101,7 @@ def launches(case: Case) -> list[Launch]:
     rotation = Rotation(table, table, table.double(), one, one.float(), regimes, case.interleaved)
     positions = [torch.empty(batch, n, dtype=torch.int64, **meta) for n in (rows, tokens)]
     lengths = torch.empty(batch, dtype=torch.int64, **meta)
-    general, in_pages = case.general, case.op in ("pages", "int8", "int8 in tile")
+    general, in_pages = case.general, case.op == "pages" or case.op.startswith("int8")
     geometry = Geometry(
         positions[0] if general else None,
         positions[1]
@@ -263,7 +267,18 @@ def _one(pattern: str, text: str) -> str:
 
 
 PLAIN_OPS = ("rope", "forward", "in tile", "decode", "decode at positions", "backward")
-OPS = (*PLAIN_OPS, "pages", "int8", "int8 in tile", "packed", "packed backward", "append", "8 tokens", "16 tokens")
+OPS = (
+    *PLAIN_OPS,
+    "pages",
+    "int8",
+    "int8 in tile",
+    "packed",
+    "packed backward",
+    "append",
+    "8 tokens",
+    "16 tokens",
+    "int8 16 tokens",
+)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -289,6 +304,8 @@ def all_cases() -> Iterator[Case]:
         for op in ("packed", "packed backward"):
             yield Case(target, op)
             yield Case(target, op, 96, torch.float16, general=True)
+        for head_dim in (64, 128, 256):
+            yield Case(target, "int8 16 tokens", head_dim)
         for op in ("8 tokens", "16 tokens"):
             for head_dim in (64, 128, 256):
                 yield Case(target, op, head_dim)

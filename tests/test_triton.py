@@ -88,7 +88,7 @@ def test_configurations_are_tiles_that_kernels_take(target, itemsize, width):
         assert configs.SPLIT_KEYS % config.keys == 0
         assert config.warps in (4, 8)
     # A block of keys of an int8 cache lies in one group.
-    for config in (*chosen[:3], configs.forward(target, width, itemsize, plain=False), chosen[-1]):
+    for config in (*chosen[:3], configs.forward(target, width, itemsize, plain=False, int8=True), chosen[-1]):
         assert KEY_GROUP % config.keys == 0
 
 

@@ -41,6 +41,7 @@ WIDTHS = (64, 128, 256, 512)  # head widths of the table: the smallest that hold
 KERNELS = (
     "forward",
     "forward extras",
+    "forward int8",
     "decode",
     "decode int8",
     "split 16",
@@ -106,18 +107,20 @@ def _chosen(kernel: str, target: str, head_width: int, itemsize: int) -> Config:
     return Config(*table()[kernel][target][str(8 * itemsize)][str(at)])
 
 
-def forward(target: str, head_width: int, itemsize: int, plain: bool) -> Config:
+def forward(target: str, head_width: int, itemsize: int, plain: bool, int8: bool = False) -> Config:
     """Configuration of `forward_kernel`.
 
     Args:
         head_width: the larger of the padded row and the padded head.
         plain: no softcap and no rotation in the tile, which want registers of their own.
+        int8: keys and values of an int8 cache, which are dequantised in registers.
     """
-    return _chosen("forward" if plain else "forward extras", target, head_width, itemsize)
+    variant = "forward int8" if int8 else "forward" if plain else "forward extras"
+    return _chosen(variant, target, head_width, itemsize)
 
 
 def decode(target: str, head_width: int, itemsize: int, int8: bool = False) -> Config:
-    """Configuration of `decode_kernel`: one token, 16 rows. Keys of an int8 cache are dequantised in registers."""
+    """Configuration of `decode_kernel`: one token, 16 rows; `int8` as in `forward`."""
     return _chosen("decode int8" if int8 else "decode", target, head_width, itemsize)
 
 
@@ -151,7 +154,7 @@ def rotate(target: str, head_width: int) -> Config:
     """Configuration of `rotate_kernel`: `rows` are tokens; keys have no meaning."""
     if target == "interpreter":
         return Config(64, 0, 4, 1)
-    return Config(32 if head_width <= 128 else 16, 0, 4, 1)
+    return Config(32 if head_width <= 128 else 16, 0, 4 if head_width <= 64 else 8, 1)
 
 
 def append() -> Config:

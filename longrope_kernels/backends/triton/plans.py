@@ -233,7 +233,8 @@ def _whole(
     group = query_heads // key_heads
     in_tile = pairs == 0 or pages is not None or (not packed and configs.rotates_in_tile(query_tokens * group))
     plain = geometry.softcap == 0.0 and pages is None and (pairs == 0 or not in_tile)
-    config = configs.forward(target, row_width(query, rotation), query.element_size(), plain)
+    int8 = pages is not None and pages.quantised
+    config = configs.forward(target, row_width(query, rotation), query.element_size(), plain, int8)
     launches = []
     if not in_tile:
         key, launch = rotate_keys(key, rotation, geometry, sequences, target)
