@@ -12,17 +12,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from bench import report_gpu
 
-# Bytes of scratch memory a work-item that kernels with 16-bit operands may take on gfx942, where they take any.
-GFX942_CEILINGS: dict[str, int] = {}
-
 
 def check(row):
     where = f"{row.target} {row.kernel} ({row.case}, tile {row.tile})"
     assert row.shared_bytes <= report_gpu.SHARED_LIMIT[row.target], (
         f"{where}: {row.shared_bytes} bytes of shared memory"
     )
-    allowed = GFX942_CEILINGS.get(f"{row.kernel}, {row.case}", 0) if row.target == "gfx942" else 0
-    assert row.spill_bytes <= allowed, f"{where}: {row.spill_bytes} bytes of local memory"
+    assert row.spill_bytes == 0, f"{where}: {row.spill_bytes} bytes of local memory"
     if row.kernel in report_gpu.MATMUL_KERNELS and "float32" not in row.case:
         assert row.matmuls > 0, f"{where}: no tensor-core instruction"
 
