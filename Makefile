@@ -18,7 +18,7 @@ SANITIZED_TESTS := tests/test_sanitizer.py tests/test_levels.py tests/test_confo
     tests/test_functional.py tests/test_ops.py tests/test_varlen.py tests/test_cache.py
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt pyproject.toml
 
-.PHONY: help setup demo search-full test test-full lint format bench bench-cpu sanitize clean
+.PHONY: help setup demo search-full test test-full lint format bench bench-cpu bench-gpu report-gpu sanitize clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -80,6 +80,12 @@ bench: $(VENV)/.built  ## microbenchmarks beside torch, as a table and JSON in b
 
 bench-cpu: $(VENV)/.built  ## the CPU backend beside torch and the ceilings of this machine, which should be quiet
 	$(PY) -m bench.cpu --model
+
+bench-gpu: $(VENV)/.built  ## on a GPU: conformance, sanitizer, benchmarks beside torch and others (DRY_RUN=1: without one)
+	PYTHON=$(PY) bench/gpu.sh $(if $(DRY_RUN),runs/gpu --dry-run,bench/results/gpu)
+
+report-gpu: $(VENV)/.built  ## what the Triton kernels compile to for four GPUs: registers, spills, shared memory
+	$(PY) -m bench.report_gpu
 
 clean:  ## remove what building left
 	rm -rf build $(VENV)/.built longrope_kernels/*.so *.egg-info

@@ -97,7 +97,10 @@ packages += find_packages(where="python", include=["longrope", "longrope.*"])
 
 setup(
     packages=packages,
-    package_data={"longrope_kernels": ["py.typed"], "longrope": ["py.typed", "report/*.css"]},
+    package_data={
+        "longrope_kernels": ["py.typed", "backends/triton/configs.json"],
+        "longrope": ["py.typed", "report/*.css"],
+    },
     ext_modules=[] if MODE == "0" else [Extension("longrope_kernels._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

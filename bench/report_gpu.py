@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, on a machine without a GPU: registers, spills, shared memory, instructions.
 
-    python -m bench.report_gpu [--quick] [--json FILE]
+    python -m bench.report_gpu [--quick] [--json FILE] [--target T] [--op OP]
 
 Each kernel is compiled as a call on a GPU would launch it: the launches come from the backend's own plans, made for
 tensors on the meta device. Triton caches what it compiles by source, so a second run is quick.
@@ -9,15 +9,19 @@ tensors on the meta device. Triton caches what it compiles by source, so a secon
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import json
+import multiprocessing
+import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +29,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longrope_kernels.backends.triton import plans
+from longrope_kernels.backends.triton import plans, plans_backward
 from longrope_kernels.backends.triton.launch import Launch
-from longrope_kernels.bundles import Geometry, Rotation
+from longrope_kernels.bundles import KEY_GROUP, Geometry, Packing, Pages, Rotation
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,6 +48,7 @@ POINTERS = {
     torch.float64: "*fp64",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
 }
 # The kernels that multiply matrices, and the instruction that says they do it on the tensor cores.
 MATMUL_KERNELS = ("forward_kernel", "decode_kernel", "backward_query_kernel", "backward_key_kernel")
@@ -61,7 +66,7 @@ class Case:
     """One call: its head, dtype and features."""
 
     target: str
-    op: str  # "rope", "forward", "in tile", "decode", "decode at positions", "backward"
+    op: str  # one of OPS
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
     rotary_dim: int | None = None
@@ -81,20 +86,27 @@ def launches(case: Case) -> list[Launch]:
     meta: dict[str, Any] = {"device": "meta"}
     batch, query_heads, key_heads, tokens = 1, 32, 8, 16384
     rotary_dim = case.head_dim if case.rotary_dim is None else case.rotary_dim
-    queries = {"decode": 1, "decode at positions": 1, "in tile": 40}.get(case.op, tokens)
-    query = torch.empty(batch, query_heads, queries, case.head_dim, dtype=case.dtype, **meta)
+    queries = {"decode": 1, "decode at positions": 1, "in tile": 40, "pages": 1, "int8": 1, "int8 in tile": 40}
+    queries |= {
+        "8 tokens": 8,
+        "16 tokens": 16,
+        "int8 16 tokens": 16,
+    }  # of 4 heads to a key head: blocks of 32 and 64 rows
+    rows = queries.get(case.op, tokens)
+    query = torch.empty(batch, query_heads, rows, case.head_dim, dtype=case.dtype, **meta)
     key = torch.empty(batch, key_heads, tokens, case.head_dim, dtype=case.dtype, **meta)
     table = torch.empty(2, rotary_dim // 2, dtype=torch.int64, **meta)
     one = torch.empty(2, dtype=torch.int64, **meta)
-    rotation = Rotation(
-        table, table, table.double(), one, one.float(), torch.empty(batch, dtype=torch.int32, **meta), case.interleaved
-    )
-    positions = [torch.empty(batch, n, dtype=torch.int64, **meta) for n in (queries, tokens)]
+    regimes = torch.empty(batch, dtype=torch.int32, **meta)
+    rotation = Rotation(table, table, table.double(), one, one.float(), regimes, case.interleaved)
+    positions = [torch.empty(batch, n, dtype=torch.int64, **meta) for n in (rows, tokens)]
     lengths = torch.empty(batch, dtype=torch.int64, **meta)
-    general = case.general
+    general, in_pages = case.general, case.op == "pages" or case.op.startswith("int8")
     geometry = Geometry(
         positions[0] if general else None,
-        positions[1] if (general and case.op != "decode") or case.op == "decode at positions" else None,
+        positions[1]
+        if (general and case.op != "decode" and not in_pages) or case.op == "decode at positions"
+        else None,
         None,
         lengths if general else None,
         lengths if general else None,
@@ -104,36 +116,84 @@ def launches(case: Case) -> list[Launch]:
         -1,
         30.0 if general else 0.0,
     )
+    target = case.target
     if case.op == "rope":
-        return [plans.rotate(key, rotation, positions[1], None, False, case.target)[1]]
-    if case.op != "backward":
-        return plans.attention(query, key, key, rotation, geometry, case.target)[2]
+        return [plans.rotate(key, rotation, positions[1], None, False, target)[1]]
+    if in_pages:
+        return plans.attention_paged(query, _pages(case, lengths), rotation, geometry, target)[2]
+    if case.op == "append":
+        return [x for c in (case, replace(case, op="int8")) for x in _appends(c, key, lengths)]
     lse = torch.empty(query.shape[:-1], **meta)
-    return plans.attention_backward(
-        query, lse if general else None, query, key, key, query, lse, rotation, geometry, general, case.target
+    if case.op in ("packed", "packed backward"):
+        packing = Packing(
+            torch.empty(batch + 1, dtype=torch.int64, **meta), torch.empty(batch + 1, dtype=torch.int64, **meta)
+        )
+        query, key = query[0].transpose(0, 1), key[0].transpose(0, 1)
+        if case.op == "packed":
+            return plans.attention_varlen(query, key, key, rotation, geometry, packing, target)[2]
+        return plans_backward.attention_varlen_backward(
+            query, None, query, key, key, query, lse[0], rotation, geometry, packing, general, target
+        )[2]
+    if case.op != "backward":
+        return plans.attention(query, key, key, rotation, geometry, target)[2]
+    return plans_backward.attention_backward(
+        query, lse if general else None, query, key, key, query, lse, rotation, geometry, general, target
     )[2]
+
+
+def _pages(case: Case, lengths: torch.Tensor) -> Pages:
+    """A cache in pages of 256 tokens, int8 or in the case's dtype."""
+    count, key_heads, size, meta = 64, 8, 256, {"device": "meta"}
+    table = torch.empty(len(lengths), count, dtype=torch.int32, **meta)
+    if not case.op.startswith("int8"):
+        pages = torch.empty(count, key_heads, size, case.head_dim, dtype=case.dtype, **meta)
+        return Pages(pages, pages, table, lengths)
+    pages = torch.empty(count, key_heads, size, case.head_dim, dtype=torch.int8, **meta)
+    key_scale = torch.empty(count, key_heads, size // KEY_GROUP, case.head_dim, **meta)
+    tail = torch.empty(len(lengths), key_heads, KEY_GROUP, case.head_dim, dtype=case.dtype, **meta)
+    return Pages(pages, pages, table, lengths, key_scale, torch.empty(count, key_heads, size, **meta), tail)
+
+
+def _appends(case: Case, key: torch.Tensor, lengths: torch.Tensor) -> list[Launch]:
+    return plans.cache_append(key, key, _pages(case, lengths), lengths)
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
     """Compile a launch for a target, specialised on its arguments as Triton's launcher would."""
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(launch.kernel.params):
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned = []
+    for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(place,)] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            constants[parameter.name] = value
+            types[parameter.name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = POINTERS[value.dtype]
         elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+            types[parameter.name] = "fp32"
         else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+            types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if parameter.name not in constants and (isinstance(value, torch.Tensor) or value % 16 == 0):
+            aligned.append(parameter.name)
     options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-    return triton.compile(source, target=TARGETS[target], options=options)
+    return triton.compile(_source(launch.kernel, types, constants, aligned), target=TARGETS[target], options=options)
+
+
+def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: list[str]) -> ASTSource:
+    place = {p.name: i for i, p in enumerate(kernel.params)}
+    if "constexprs" in inspect.signature(ASTSource.__init__).parameters:
+        by_place = {(place[name],): value for name, value in constants.items()}
+        attributes = {(place[name],): [["tt.divisibility", 16]] for name in aligned}
+        return ASTSource(kernel, types, constexprs=by_place, attrs=attributes)
+    # Triton 3.2: constants by name, of which those that are not compile-time parameters have a type as well.
+    from triton.backends.compiler import AttrsDescriptor
+
+    of_run_time = {p.name: "*i8" if constants.get(p.name, 1) is None else "i32" for p in kernel.params}
+    types = {p.name: types[p.name] for p in kernel.params if not p.is_constexpr}
+    types = {name: of_run_time[name] if kind == "constexpr" else kind for name, kind in types.items()}
+    attributes = AttrsDescriptor.from_hints({place[name]: 16 for name in aligned})
+    return ASTSource(kernel, types, constants=constants, attrs=attributes)
 
 
 @dataclass(frozen=True)
@@ -206,7 +266,19 @@ def _one(pattern: str, text: str) -> str:
     return found.group(1)
 
 
-OPS = ("rope", "forward", "in tile", "decode", "decode at positions", "backward")
+PLAIN_OPS = ("rope", "forward", "in tile", "decode", "decode at positions", "backward")
+OPS = (
+    *PLAIN_OPS,
+    "pages",
+    "int8",
+    "int8 in tile",
+    "packed",
+    "packed backward",
+    "append",
+    "8 tokens",
+    "16 tokens",
+    "int8 16 tokens",
+)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -221,9 +293,26 @@ def quick_cases() -> Iterator[Case]:
 def all_cases() -> Iterator[Case]:
     """Every configuration that the heuristics can choose."""
     for target in TARGETS:
-        for op, head_dim in itertools.product(OPS, (64, 128, 256)):
+        for op, head_dim in itertools.product(PLAIN_OPS, (64, 128, 256)):
             yield Case(target, op, head_dim)
-        for op in OPS:
+        for op, head_dim in itertools.product(("pages", "int8", "int8 in tile"), (64, 128, 256)):
+            yield Case(target, op, head_dim)
+        for op in ("pages", "int8", "int8 in tile"):
+            yield Case(target, op, 128, torch.float32)
+        for op in ("int8", "int8 in tile"):
+            yield Case(target, op, 128, general=True, interleaved=True)
+        for op in ("packed", "packed backward"):
+            yield Case(target, op)
+            yield Case(target, op, 96, torch.float16, general=True)
+        for head_dim in (64, 128, 256):
+            yield Case(target, "int8 16 tokens", head_dim)
+        for op in ("8 tokens", "16 tokens"):
+            for head_dim in (64, 128, 256):
+                yield Case(target, op, head_dim)
+            yield Case(target, op, 128, general=True, interleaved=True)
+            yield Case(target, op, 128, torch.float32)
+        yield Case(target, "append")
+        for op in PLAIN_OPS:
             yield Case(target, op, 80)
             yield Case(target, op, 96, torch.float16, general=True)
             yield Case(target, op, 128, general=True, interleaved=True)
@@ -233,16 +322,32 @@ def all_cases() -> Iterator[Case]:
             yield Case(target, op, 256, torch.float32)
 
 
-def reports(cases: Iterator[Case]) -> Iterator[Report]:
+def reports(cases: Iterable[Case], jobs: int = 1) -> Iterator[Report]:
     """Compile the cases, each kernel of each once: launches that differ in nothing compiled are skipped."""
     seen = set()
+    work = []
     for case in cases:
-        for launch in launches(case):
-            constants = tuple((p.name, str(launch.arguments[p.name])) for p in launch.kernel.params if p.is_constexpr)
-            key = (case.target, launch.name, case.dtype, launch.config, constants)
+        for place, launch in enumerate(launches(case)):
+            compiled = tuple(
+                (p.name, str(x) if p.is_constexpr or x is None else getattr(x, "dtype", None))
+                for p in launch.kernel.params
+                for x in (launch.arguments[p.name],)
+            )
+            key = (case.target, launch.name, launch.config, compiled)
             if key not in seen:
                 seen.add(key)
-                yield report(launch, case.target, case.label)
+                work.append((case, place))
+    if jobs == 1:
+        yield from map(_report, work)
+        return
+    # Not forked: torch's threads do not survive that.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_report, work)
+
+
+def _report(work: tuple[Case, int]) -> Report:
+    case, place = work
+    return report(launches(case)[place], case.target, case.label)
 
 
 def table(rows: list[Report]) -> str:
@@ -264,11 +369,12 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     parser.add_argument("--target", choices=list(TARGETS), help="one target only")
     parser.add_argument("--op", choices=OPS, help="one op only")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers side by side")
     arguments = parser.parse_args()
     cases = quick_cases() if arguments.quick else all_cases()
     wanted = (c for c in cases if arguments.target in (None, c.target) and arguments.op in (None, c.op))
     rows = []
-    for row in reports(wanted):
+    for row in reports(wanted, arguments.jobs):
         rows.append(row)
         print(f"\r{len(rows)} kernels compiled", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)

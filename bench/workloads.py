@@ -74,7 +74,7 @@ def difference(one: Any, other: Any) -> float:
     worst = 0.0
     for a, b in pairs:
         # In parts: float64 copies of a long result would need more memory than the work.
-        squares = torch.zeros(2, dtype=torch.float64)
+        squares = torch.zeros(2, dtype=torch.float64, device=a.device)
         for x, y in zip(a.detach().flatten().split(2**22), b.detach().flatten().split(2**22), strict=True):
             squares += torch.stack(((x.double() - y.double()).square().sum(), y.double().square().sum()))
         found = (squares[0] / squares[1].clamp(min=1e-300)).sqrt().item()

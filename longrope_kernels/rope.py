@@ -309,8 +309,10 @@ class LongRope:
 
     def select_index(self, lengths: Tensor) -> Tensor:
         """Return the regime of each sequence, int32 like `lengths`, computed on its device without a host copy."""
-        bounds = torch.tensor(self.lengths[:-1], dtype=torch.int64).to(lengths.device, non_blocking=True)
-        return torch.bucketize(lengths.to(torch.int64), bounds, out_int32=True)
+        index = torch.zeros_like(lengths, dtype=torch.int32)
+        for length in self.lengths[:-1]:
+            index += lengths > length
+        return index
 
     def rotation(self, regime_index: Tensor) -> Rotation:
         """Bundle the tables of all regimes with the regime of each sequence (int32[batch])."""

@@ -10,6 +10,7 @@ import torch
 
 import longrope_kernels as lk
 from longrope_kernels import backends
+from longrope_kernels.bundles import KEY_GROUP
 
 pytest.importorskip("triton")
 
@@ -18,23 +19,33 @@ from longrope_kernels.backends.triton import configs
 INTERPRETED = pathlib.Path(__file__).with_name("test_triton_interpreter.py")
 
 
-def interpret(marks):
+def interpret(*arguments):
     """TRITON_INTERPRET must be set before triton is imported, which torch may have done in this process."""
-    command = [sys.executable, "-m", "pytest", "-x", "-m", marks, "-p", "no:cacheprovider", str(INTERPRETED)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *map(str, arguments)]
+    path = os.pathsep.join((str(INTERPRETED.parent), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
 
 
 def test_interpreted_kernels_conform():
-    assert " passed" in interpret("not slow")
+    assert " passed" in interpret("-m", "not slow", INTERPRETED)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_interpreted_kernels_conform_thoroughly():
-    assert " passed" in interpret("slow")
+    assert " passed" in interpret("-m", "slow", INTERPRETED)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_interpreted_kernels_pass_the_tests_of_caches_and_packed_batches():
+    files = [INTERPRETED.with_name(name) for name in ("test_cache.py", "test_varlen.py")]
+    # Too many drawn problems for the interpreter, and bfloat16, which it has wrong.
+    left_out = "not error_rule and not bits_it_gives_alone and not dtype2 and not bfloat16"
+    assert " passed" in interpret("-p", "interpreted", "-k", left_out, *files)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -67,12 +78,27 @@ def test_configurations_depend_on_rows_not_on_keys():
 @pytest.mark.parametrize("width", [32, 64, 128, 256, 512])
 def test_configurations_are_tiles_that_kernels_take(target, itemsize, width):
     chosen = [configs.forward_split(target, width, itemsize, rows) for rows in (1, 17, 64)]
-    chosen += [f(target, width, itemsize, flag) for f in (configs.forward, configs.backward_key) for flag in (0, 1)]
-    plain = (configs.decode, configs.backward_query)
-    chosen += [function(target, width, itemsize) for function in plain]
+    flagged = (configs.forward, configs.backward_query, configs.backward_key)
+    chosen += [function(target, width, itemsize, flag) for function in flagged for flag in (False, True)]
+    chosen += [configs.decode(target, width, itemsize, int8) for int8 in (False, True)]
     for config in chosen:
         for tile in (config.rows, config.keys):
             assert tile >= 16
             assert tile & (tile - 1) == 0
         assert configs.SPLIT_KEYS % config.keys == 0
         assert config.warps in (4, 8)
+    # A block of keys of an int8 cache lies in one group.
+    for config in (*chosen[:3], configs.forward(target, width, itemsize, plain=False, int8=True), chosen[-1]):
+        assert KEY_GROUP % config.keys == 0
+
+
+def test_the_table_of_configurations_has_every_kernel_on_every_target():
+    table = configs.table()
+    assert tuple(table) == configs.KERNELS
+    for kernel, targets in table.items():
+        assert (*targets, "interpreter") == configs.TARGETS, kernel
+        for sizes in targets.values():
+            assert {bits: tuple(map(int, widths)) for bits, widths in sizes.items()} == {
+                "16": configs.WIDTHS,
+                "32": configs.WIDTHS,
+            }

@@ -10,6 +10,7 @@ import torch
 
 import longrope_kernels as lk
 from longrope_kernels import testing
+from longrope_kernels.backends.composed import gathered
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
@@ -190,3 +191,155 @@ def test_compiles_into_one_graph():
 
     inputs = operands(1, 2, 1, 20, 20)
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs), layer(*inputs))
+
+
+def packed(lengths, key_lengths, head_dim=32, heads=(2, 1)):
+    torch.manual_seed(0)
+    shapes = ((sum(lengths), heads[0]), (sum(key_lengths), heads[1]), (sum(key_lengths), heads[1]))
+    bounds = [torch.tensor([0, *n]).cumsum(0) for n in (lengths, key_lengths)]
+    return [torch.randn(*shape, head_dim) for shape in shapes], bounds
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"window": (20, 11), "is_causal": False}, {"softcap": 3.0}], ids=str)
+def test_packed_batches(kwargs):
+    """Empty sequences, more keys than queries, blocks that no sequence needs; out, lse and gradients."""
+    operands, bounds = packed([70, 0, 3, 40], [70, 5, 33, 90])
+    ladder = lk.LongRope(40, {40: scaling(32), 400: scaling(32, start_tokens=9, attention_factor=1.2)})
+    leaves = [x.requires_grad_() for x in operands]
+
+    def run(backend):
+        out, lse = lk.attention_varlen(*leaves, *bounds, ladder, return_lse=True, backend=backend, **kwargs)
+        return out, lse, *torch.autograd.grad((out * out).sum() + lse.sin().sum(), leaves)
+
+    for actual, exact in zip(*both(run), strict=True):
+        assert actual.stride() == exact.stride()
+        assert (actual - exact).detach().abs().max() < 4e-6 * max(1.0, float(exact.detach().abs().max()))
+
+
+def test_a_packed_sequence_does_not_depend_on_its_batch():
+    operands, bounds = packed([50, 30, 66], [50, 64, 66])
+    out, lse = lk.attention_varlen(*operands, *bounds, scaling(32), return_lse=True, backend="triton")
+    rows, keys = slice(50, 80), slice(50, 114)
+    alone = [operands[0][rows], *(x[keys] for x in operands[1:])]
+    own = [torch.tensor([0, n]) for n in (30, 64)]
+    one, one_lse = lk.attention_varlen(*alone, *own, scaling(32), return_lse=True, backend="triton")
+    assert torch.equal(out[rows], one)
+    assert torch.equal(lse[:, rows], one_lse)
+
+
+def test_packed_explicit_positions_and_the_gradient_of_the_factors():
+    operands, bounds = packed([20, 45], [20, 45])
+    at = torch.cat((torch.arange(20) + 7, torch.arange(45) * 3))
+
+    def gradient(backend):
+        factors = torch.linspace(1, 4, 16, dtype=torch.float64).requires_grad_()
+        s = lk.RopeScaling(32, 1e4, factors, start_tokens=5)
+        out = lk.attention_varlen(
+            *operands, bounds[0], scaling=s, query_positions=at, key_positions=at, backend=backend
+        )
+        return out, torch.autograd.grad((out**2).sum(), factors)[0]
+
+    (out, actual), (exact_out, exact) = both(gradient)
+    assert (out - exact_out).abs().max() < 2e-6
+    assert torch.allclose(actual, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
+KINDS = [(False, None), (False, 7), (True, None), (True, 64)]
+
+
+def cached(dtype, quantised, page_tokens, backend="triton", cuts=(90, 1, 64, 2), lengths=(157, 100), head_dim=32):
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 2, 2, sum(cuts), head_dim, dtype=torch.float32).to(dtype)
+    cache = lk.KVCache(2, 2, head_dim, 192, dtype, quantised, page_tokens)
+    at = 0
+    for cut in cuts:
+        part = slice(at, at + cut)
+        count = (torch.tensor(lengths) - at).clamp(0, cut)
+        cache.append(key[:, :, part], value[:, :, part], count, backend=backend)
+        at += cut
+    return cache, key, value
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_holds_what_the_definition_holds_however_appending_was_cut(kind, dtype):
+    caches = [cached(dtype, *kind, backend=backend)[0].pages for backend in ("triton", "reference")]
+    for name in ("key", "value", "key_scale", "value_scale", "key_tail"):
+        fields = [getattr(pages, name) for pages in caches]
+        if fields[0] is not None:
+            assert torch.equal(*fields), name
+    at_once = cached(dtype, *kind, cuts=(157,))[0].pages  # its pages lie elsewhere
+    for held, expected in zip(gathered(at_once, torch.float32), gathered(caches[0], torch.float32), strict=True):
+        assert torch.equal(held, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("query_tokens", "query_heads"), [(1, 4), (3, 4), (40, 4), (1, 40)])
+def test_reading_a_cache(kind, query_tokens, query_heads):
+    """Decoding, a few tokens, a chunk of a prefill, more heads than the decode kernel takes; n-hat inside a block."""
+    s = scaling(32, start_tokens=70, attention_factor=1.1, interleaved=query_tokens == 3)
+    cache, key, value = cached(torch.float32, *kind)
+    query = torch.randn(2, query_heads, query_tokens, 32)
+    options = {"window": 130, "softcap": 3.0} if query_tokens == 3 else {}
+    (out, lse), (exact, exact_lse) = both(
+        lambda backend: cache.attend(query, s, return_lse=True, backend=backend, **options)
+    )
+    assert (out - exact).abs().max() < 4e-6
+    assert (lse - exact_lse).abs().max() < 4e-6
+    if not kind[0]:
+        plain = lk.attention(query, key, value, s, key_length=cache.length, backend="triton", **options)
+        assert torch.equal(out, plain), "a cache gives the bits of attention over its keys"
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 12])
+def test_reading_an_int8_cache_with_dims_that_do_not_rotate(rotary_dim):
+    s = lk.RopeScaling(40, 1e4, [2.0] * (rotary_dim // 2), rotary_dim=rotary_dim) if rotary_dim else None
+    cache, _, _ = cached(torch.float16, True, 64, head_dim=40)
+    for query_tokens in (1, 20):
+        query = torch.randn(2, 4, query_tokens, 40).half()
+        out, exact = both(lambda backend, query=query: cache.attend(query, s, backend=backend))
+        assert (out - exact).abs().max() < 4e-3
+
+
+def test_an_int8_value_that_is_not_finite_is_seen_by_whoever_reads_it():
+    key, value = torch.randn(2, 2, 2, 64, 32)
+    value[0, 0, 3, 5] = torch.inf
+    cache = lk.KVCache(2, 2, 32, 64, torch.float32, quantised=True)
+    cache.append(key, value, backend="triton")
+    out = cache.attend(torch.randn(2, 4, 1, 32), scaling(32), backend="triton")
+    assert out[0, :2].isnan().all()
+    assert out[0, 2:].isfinite().all()
+    assert out[1].isfinite().all()
+
+
+def test_an_empty_cache_gives_zero():
+    cache = lk.KVCache(2, 2, 32, 70, torch.float32)
+    cache.append(*torch.randn(2, 2, 2, 3, 32), torch.tensor([3, 0]), backend="triton")
+    out, lse = cache.attend(torch.randn(2, 2, 1, 32), scaling(32), return_lse=True, backend="triton")
+    assert (out[1] == 0).all()
+    assert (lse[1] == -torch.inf).all()
+    assert out[0].abs().sum() > 0
+
+
+def test_a_step_over_a_cache_and_packed_batches_compile_into_one_graph():
+    s = scaling(32)
+    caches = [cached(torch.float32, True, 64)[0] for _ in range(2)]
+    key, value = torch.randn(2, 2, 2, 1, 32)
+    query = torch.randn(2, 4, 1, 32)
+    operands, bounds = packed([20, 30], [20, 30])
+
+    def step(query, key, value, pages, operands, bounds):
+        lk.cache_append(key, value, pages, backend="triton")
+        pages.length.add_(1)
+        read = lk.attention_paged(query, pages, s, backend="triton")
+        return read.sin(), lk.attention_varlen(*operands, bounds, scaling=s, backend="triton") * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    rest = (operands, bounds[0])
+    for actual, expected in zip(
+        compiled(query, key, value, caches[0].pages, *rest),
+        step(query, key, value, caches[1].pages, *rest),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected)
+    assert torch.equal(caches[0].pages.key_tail, caches[1].pages.key_tail)

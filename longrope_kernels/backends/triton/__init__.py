@@ -1,7 +1,8 @@
 """The Triton backend: NVIDIA from Ampere on, AMD, and Triton's interpreter on CPU tensors.
 
-Kernels: rope.py (rotation), forward.py, decode.py (few rows over many keys), backward.py; configs.py picks tile sizes;
-plans.py turns a call into launches. `LONGROPE_KERNELS_DEBUG=1` prints each kernel's configuration once.
+Kernels: rope.py (rotation), forward.py, decode.py (few rows over many keys), backward.py, append.py (into a cache);
+tiles.py and pages.py hold what they share; configs.py picks tile sizes; plans.py and plans_backward.py turn a call into
+launches. `LONGROPE_KERNELS_DEBUG=1` prints each kernel's configuration once.
 
 In the interpreter (TRITON_INTERPRET=1 before this is imported) the backend takes CPU tensors where it is forced, in
 float32 and float16: the interpreter's bfloat16 is wrong.
@@ -16,7 +17,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from ...bundles import Geometry, Rotation
+from ...bundles import Geometry, Packing, Pages, Rotation
 
 NAME = "triton"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -110,11 +111,11 @@ def attention_backward(
     want_inv_freq: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients recomputed from lse; no atomics, the same bits in every run. Nothing rotated is kept."""
-    from . import plans
+    from . import plans_backward
     from .launch import target_of
 
     with _on(query.device):
-        gradients, partials, launches = plans.attention_backward(
+        gradients, partials, launches = plans_backward.attention_backward(
             grad_out,
             grad_lse,
             query,
@@ -129,14 +130,80 @@ def attention_backward(
         )
         for launch in launches:
             launch.run()
-    d_inv_freq = torch.zeros_like(rotation.inv_freq)
-    if partials:
-        by_sequence = torch.cat(partials, dim=1).sum(1)
-        # Not index_add_, whose order on a GPU is not fixed.
-        regimes = torch.arange(d_inv_freq.shape[0], device=query.device)
-        of_regime = (rotation.regime_index.unsqueeze(0) == regimes.unsqueeze(1)).unsqueeze(-1)
-        d_inv_freq = torch.where(of_regime, by_sequence.unsqueeze(0), 0.0).sum(1)
-    return *gradients, d_inv_freq
+    return *gradients, plans_backward.frequency_gradient(partials, rotation.inv_freq)
+
+
+def attention_varlen(
+    query: Tensor, key: Tensor, value: Tensor, rotation: Rotation, geometry: Geometry, packing: Packing
+) -> tuple[Tensor, Tensor]:
+    """Packed sequences: query [Tq, Hq, D], key and value [Tk, Hkv, D]; out like query, lse float32[Hq, Tq]."""
+    from . import plans
+    from .launch import target_of
+
+    target = target_of(query.device)
+    with _on(query.device):
+        out, lse, launches = plans.attention_varlen(query, key, value, rotation, geometry, packing, target)
+        for launch in launches:
+            launch.run()
+    return out, lse
+
+
+def attention_varlen_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rotation: Rotation,
+    geometry: Geometry,
+    packing: Packing,
+    want_inv_freq: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attention_varlen`."""
+    from . import plans_backward
+    from .launch import target_of
+
+    with _on(query.device):
+        gradients, partials, launches = plans_backward.attention_varlen_backward(
+            grad_out,
+            grad_lse,
+            query,
+            key,
+            value,
+            out,
+            lse,
+            rotation,
+            geometry,
+            packing,
+            want_inv_freq,
+            target_of(query.device),
+        )
+        for launch in launches:
+            launch.run()
+    return *gradients, plans_backward.frequency_gradient(partials, rotation.inv_freq)
+
+
+def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Attention over a cache of unrotated keys, contiguous or paged, int8 or not."""
+    from . import plans
+    from .launch import target_of
+
+    with _on(query.device):
+        out, lse, launches = plans.attention_paged(query, pages, rotation, geometry, target_of(query.device))
+        for launch in launches:
+            launch.run()
+    return out, lse
+
+
+def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> None:
+    """Write the first `count[b]` tokens of key and value [B, Hkv, T, D] behind the `length[b]` tokens of the cache."""
+    from . import plans
+
+    with _on(key.device):
+        for launch in plans.cache_append(key, value, pages, count):
+            launch.run()
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -25,6 +25,7 @@ from .tiles import (
     load_dims,
     load_frequency,
     load_pairs,
+    place_of,
     row_offsets,
     scores_of,
     store_dims,
@@ -168,7 +169,7 @@ def backward_query_kernel(
     lse,
     delta,
     grad_query,
-    grad_turns,  # fp64 [B, key heads, row blocks, PAIRS], written if WANT_TURNS
+    grad_turns,  # fp64 [programs, PAIRS], written if WANT_TURNS
     turns,
     base_turns,
     start_tokens,
@@ -178,6 +179,10 @@ def backward_query_kernel(
     query_start,
     key_start,
     key_length,
+    query_slot,  # of a packed batch, with the three below, see forward.py; else None
+    query_count,
+    block_sequence,
+    block_index,
     query_batch_stride,
     query_head_stride,
     query_token_stride,
@@ -221,14 +226,25 @@ def backward_query_kernel(
     HAS_ROPE: tl.constexpr = PAIRS > 0
     HAS_REST: tl.constexpr = HEAD_DIM > 2 * PAIRS
     program = tl.program_id(0)
-    row_block = row_blocks - 1 - program % row_blocks
     head = (program // row_blocks) % key_heads
-    b = (program // row_blocks // key_heads).to(tl.int64)
+    outer, b, row_block, first_token, count = place_of(
+        program % row_blocks,
+        program // row_blocks // key_heads,
+        row_blocks,
+        query_tokens,
+        query_slot,
+        query_count,
+        block_sequence,
+        block_index,
+    )
+    if block_sequence is not None:  # noqa: SIM102
+        if row_block < 0:
+            return
 
     length = tl.load(key_length + b)
     query_index = tl.load(query_start + b)
     first_key = tl.load(key_start + b)
-    rows = query_tokens * group
+    rows = count * group
     first_row = row_block * BLOCK_ROWS
     row = first_row + tl.arange(0, BLOCK_ROWS)
     in_rows = row < rows
@@ -250,13 +266,13 @@ def backward_query_kernel(
     full_end = tl.where(whole, full_end, begin)
 
     head_offset = head.to(tl.int64)
-    query_rows = query + b * query_batch_stride
+    query_rows = query + outer * query_batch_stride + first_token * query_token_stride
     query_rows += row_offsets(row, head, group, query_head_stride, query_token_stride)
-    grad_rows = grad_out + b * grad_out_batch_stride
+    grad_rows = grad_out + outer * grad_out_batch_stride + first_token * grad_out_token_stride
     grad_rows += row_offsets(row, head, group, grad_out_head_stride, grad_out_token_stride)
-    keys = key + b * key_batch_stride + head_offset * key_head_stride + first_key * key_token_stride
-    values = value + b * value_batch_stride + head_offset * value_head_stride + first_key * value_token_stride
-    place = ((b * key_heads + head) * group + row % group) * query_tokens + token
+    keys = key + outer * key_batch_stride + head_offset * key_head_stride + first_key * key_token_stride
+    values = value + outer * value_batch_stride + head_offset * value_head_stride + first_key * value_token_stride
+    place = ((outer * key_heads + head) * group + row % group) * query_tokens + first_token + token
     row_lse = tl.load(lse + place, mask=in_rows, other=0.0)
     lse_log2 = tl.where(row_lse == float("-inf"), 0.0, row_lse * LOG2_E)
     row_delta = tl.load(delta + place, mask=in_rows, other=0.0)
@@ -319,20 +335,20 @@ def backward_query_kernel(
                 part != 1,
             )
 
-    target = grad_query + b * grad_query_batch_stride
+    target = grad_query + outer * grad_query_batch_stride + first_token * grad_query_token_stride
     target += row_offsets(row, head, group, grad_query_head_stride, grad_query_token_stride)
     if HAS_ROPE:
         grad_a *= scale
         grad_b *= scale
         at = query_index + token
         if HAS_QUERY_POSITIONS:
-            at = tl.load(query_positions + b * query_positions_stride + token, mask=in_rows, other=0)
+            at = tl.load(query_positions + outer * query_positions_stride + first_token + token, mask=in_rows, other=0)
         regime = tl.load(regime_index + b)
         start = tl.load(start_tokens + regime)
         if WANT_TURNS:
             pair = tl.arange(0, PAIR_BLOCK)
             sums = turn_gradient(q_a, q_b, grad_a, grad_b, at, start, in_rows)
-            partial = grad_turns + ((b * key_heads + head) * row_blocks + row_block) * PAIRS
+            partial = grad_turns + program.to(tl.int64) * PAIRS
             tl.store(partial + pair, sums, mask=pair < PAIRS)
         c, s = angles(
             at,
@@ -372,6 +388,7 @@ def walk_rows_for_key(
     head,
     group,
     query_tokens,
+    count,
     window_left,
     window_right,
     scale_log2,
@@ -392,7 +409,7 @@ def walk_rows_for_key(
     for first in tl.range(begin, end, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
         token = row // group
-        in_rows = token < query_tokens
+        in_rows = token < count
         query_rows = query + row_offsets(row, head, group, query_head_stride, query_token_stride)
         q_a = k_a
         q_b = k_b
@@ -437,7 +454,7 @@ def backward_key_kernel(
     delta,
     grad_key,
     grad_value,
-    grad_turns,  # fp64 [B, key heads, key blocks, PAIRS], written if WANT_TURNS
+    grad_turns,  # fp64 [programs, PAIRS], written if WANT_TURNS
     turns,
     base_turns,
     start_tokens,
@@ -447,6 +464,10 @@ def backward_key_kernel(
     query_start,
     key_start,
     key_length,
+    query_slot,  # of a packed batch, with the three below, see forward.py; else None
+    query_count,
+    block_sequence,
+    block_index,
     query_batch_stride,
     query_head_stride,
     query_token_stride,
@@ -494,9 +515,20 @@ def backward_key_kernel(
     HAS_REST: tl.constexpr = HEAD_DIM > 2 * PAIRS
     program = tl.program_id(0)
     # The first keys are seen by the most rows under a causal mask, and go first.
-    key_block = program % key_blocks
     head = (program // key_blocks) % key_heads
-    b = (program // key_blocks // key_heads).to(tl.int64)
+    outer, b, key_block, first_token, count = place_of(
+        key_blocks - 1 - program % key_blocks,
+        program // key_blocks // key_heads,
+        key_blocks,
+        query_tokens,
+        query_slot,
+        query_count,
+        block_sequence,
+        block_index,
+    )
+    if block_sequence is not None:  # noqa: SIM102
+        if key_block < 0:
+            return
 
     length = tl.load(key_length + b)
     query_index = tl.load(query_start + b)
@@ -509,15 +541,15 @@ def backward_key_kernel(
     # Token t, of index i = query_index + t, sees key j where j - right <= i <= j + left. `some` see a key of the block,
     # `all` see every one.
     some_begin = query_index * 0
-    some_end = query_index * 0 + query_tokens
+    some_end = query_index * 0 + count
     all_begin = some_begin
     all_end = some_end
     if HAS_RIGHT:
-        some_begin = tl.minimum(tl.maximum(first - window_right - query_index, 0), query_tokens)
-        all_begin = tl.minimum(tl.maximum(last - window_right - query_index, 0), query_tokens)
+        some_begin = tl.minimum(tl.maximum(first - window_right - query_index, 0), count)
+        all_begin = tl.minimum(tl.maximum(last - window_right - query_index, 0), count)
     if HAS_LEFT:
-        some_end = tl.minimum(tl.maximum(last + window_left + 1 - query_index, 0), query_tokens)
-        all_end = tl.minimum(tl.maximum(first + window_left + 1 - query_index, 0), query_tokens)
+        some_end = tl.minimum(tl.maximum(last + window_left + 1 - query_index, 0), count)
+        all_end = tl.minimum(tl.maximum(first + window_left + 1 - query_index, 0), count)
     if first >= length:
         some_end = some_begin
     if last - first + 1 < BLOCK_KEYS:
@@ -533,8 +565,8 @@ def backward_key_kernel(
 
     head_offset = head.to(tl.int64)
     slot = first_key + index
-    key_rows = key + b * key_batch_stride + head_offset * key_head_stride + slot * key_token_stride
-    value_rows = value + b * value_batch_stride + head_offset * value_head_stride + slot * value_token_stride
+    key_rows = key + outer * key_batch_stride + head_offset * key_head_stride + slot * key_token_stride
+    value_rows = value + outer * value_batch_stride + head_offset * value_head_stride + slot * value_token_stride
     v = load_dims(value_rows, inside, 0, HEAD_DIM, VALUE_BLOCK, True)
     k_a = scale
     k_b = scale
@@ -550,7 +582,7 @@ def backward_key_kernel(
         k_rest = load_dims(key_rows, inside, 2 * PAIR_BLOCK, REST_BLOCK, REST_BLOCK, True)
         grad_rest = tl.zeros((BLOCK_KEYS, REST_BLOCK), tl.float32)
     grad_v = tl.zeros((BLOCK_KEYS, VALUE_BLOCK), tl.float32)
-    first_query_head = (b * key_heads + head) * group * query_tokens
+    first_query_row = (outer * key_heads + head) * group * query_tokens + first_token
     for part in tl.static_range(3):
         if part == 0:
             from_row = begin
@@ -573,10 +605,10 @@ def backward_key_kernel(
             index,
             from_row,
             to_row,
-            query + b * query_batch_stride,
-            grad_out + b * grad_out_batch_stride,
-            lse + first_query_head,
-            delta + first_query_head,
+            query + outer * query_batch_stride + first_token * query_token_stride,
+            grad_out + outer * grad_out_batch_stride + first_token * grad_out_token_stride,
+            lse + first_query_row,
+            delta + first_query_row,
             query_head_stride,
             query_token_stride,
             grad_out_head_stride,
@@ -586,6 +618,7 @@ def backward_key_kernel(
             head,
             group,
             query_tokens,
+            count,
             window_left,
             window_right,
             scale_log2,
@@ -604,21 +637,23 @@ def backward_key_kernel(
             part != 1,
         )
 
-    target = grad_value + b * grad_value_batch_stride + head_offset * grad_value_head_stride
+    target = grad_value + outer * grad_value_batch_stride + head_offset * grad_value_head_stride
     store_dims(target + slot * grad_value_token_stride, inside, grad_v, 0, HEAD_DIM, VALUE_BLOCK)
-    target = grad_key + b * grad_key_batch_stride + head_offset * grad_key_head_stride + slot * grad_key_token_stride
+    target = (
+        grad_key + outer * grad_key_batch_stride + head_offset * grad_key_head_stride + slot * grad_key_token_stride
+    )
     if HAS_ROPE:
         grad_a *= scale
         grad_b *= scale
         at = index.to(tl.int64)
         if HAS_KEY_POSITIONS:
-            at = tl.load(key_positions + b * key_positions_stride + slot, mask=inside, other=0)
+            at = tl.load(key_positions + outer * key_positions_stride + slot, mask=inside, other=0)
         regime = tl.load(regime_index + b)
         start = tl.load(start_tokens + regime)
         if WANT_TURNS:
             pair = tl.arange(0, PAIR_BLOCK)
             sums = turn_gradient(k_a, k_b, grad_a, grad_b, at, start, inside)
-            partial = grad_turns + ((b * key_heads + head) * key_blocks + key_block) * PAIRS
+            partial = grad_turns + program.to(tl.int64) * PAIRS
             tl.store(partial + pair, sums, mask=pair < PAIRS)
         c, s = angles(
             at,

@@ -1,14 +1,19 @@
 """Which tile sizes, warps and pipeline stages a kernel runs with: data, picked by pure functions of the problem.
 
+The data is configs.json: kernel and variant, target, bits of an element, head width -> [rows, keys, warps, stages].
+`python -m bench.tune_gpu` writes it, from measurements on a GPU; until it has run on one, the figures are those that
+compile without spills and within the target's shared memory, two programs on a multiprocessor where that is possible
+(`make report-gpu` prints both).
+
 Nothing here looks at a device or a length of the key cache: a sequence's bits must not depend on its neighbours or on
 the slots around it. What may decide is the target, the head, the dtype and the number of query rows.
-
-The figures were chosen by compiling for each target: no spills, shared memory within the target's limit with two
-programs on a multiprocessor where that is possible (`make report-gpu` prints both). None was measured on a GPU.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import pathlib
 from dataclasses import dataclass
 
 
@@ -31,6 +36,29 @@ SPLIT_ROWS = 64
 IN_TILE_ROWS = 256
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
+TABLE = pathlib.Path(__file__).with_name("configs.json")
+WIDTHS = (64, 128, 256, 512)  # head widths of the table: the smallest that holds the head is taken
+KERNELS = (
+    "forward",
+    "forward extras",
+    "forward int8",
+    "decode",
+    "decode int8",
+    "split 16",
+    "split 32",
+    "split 64",
+    "backward query",
+    "backward query extras",
+    "backward key",
+    "backward key extras",
+)
+# The interpreter's tiles are as small as they can be with every branch of a kernel taken in a small test.
+_INTERPRETER = {
+    "forward": Config(64, 32, 4, 1),
+    "decode": Config(16, 32, 4, 1),
+    "backward query": Config(64, 32, 4, 1),
+    "backward key": Config(32, 64, 4, 1),
+}
 
 
 def pad(dims: int) -> int:
@@ -66,35 +94,34 @@ def rotates_in_tile(rows: int) -> bool:
     return rows <= IN_TILE_ROWS
 
 
-def forward(target: str, head_width: int, itemsize: int, plain: bool) -> Config:
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+    """Return the data, read once."""
+    return json.loads(TABLE.read_text())
+
+
+def _chosen(kernel: str, target: str, head_width: int, itemsize: int) -> Config:
+    if target == "interpreter":
+        return _INTERPRETER[kernel.removesuffix(" extras").removesuffix(" int8")]
+    at = next(width for width in WIDTHS if width >= head_width)
+    return Config(*table()[kernel][target][str(8 * itemsize)][str(at)])
+
+
+def forward(target: str, head_width: int, itemsize: int, plain: bool, int8: bool = False) -> Config:
     """Configuration of `forward_kernel`.
 
     Args:
         head_width: the larger of the padded row and the padded head.
         plain: no softcap and no rotation in the tile, which want registers of their own.
+        int8: keys and values of an int8 cache, which are dequantised in registers.
     """
-    if target == "interpreter":
-        return Config(64, 32, 4, 1)
-    if itemsize == 4:
-        return Config(32, 32, 8, 1) if head_width <= 128 else Config(32, 16, 8, 1)
-    if target == "gfx942":
-        return Config(128, 64, 4, 1) if head_width <= 128 else Config(64, 32, 4, 1)
-    if head_width <= 64:
-        return Config(128, 64, 4, 3) if plain else Config(128, 64, 8, 3)
-    if head_width <= 128:
-        return Config(128, 128 if plain and target != "sm_80" else 64, 8, 2)
-    if head_width <= 256:
-        return Config(128 if plain and target != "sm_80" else 64, 64, 8, 2)
-    return Config(64, 32, 8, 2)
+    variant = "forward int8" if int8 else "forward" if plain else "forward extras"
+    return _chosen(variant, target, head_width, itemsize)
 
 
-def decode(target: str, head_width: int, itemsize: int) -> Config:
-    """Configuration of `decode_kernel`: one token, 16 rows."""
-    if target == "interpreter":
-        return Config(16, 32, 4, 1)
-    # Two programs a multiprocessor up to 256 bytes a key: 245 registers, 44 kB.
-    wide = head_width * itemsize
-    return Config(16, 32 if wide < 1024 else 16, 4 if wide <= 256 else 8, 1 if target == "gfx942" else 3)
+def decode(target: str, head_width: int, itemsize: int, int8: bool = False) -> Config:
+    """Configuration of `decode_kernel`: one token, 16 rows; `int8` as in `forward`."""
+    return _chosen("decode int8" if int8 else "decode", target, head_width, itemsize)
 
 
 def forward_split(target: str, head_width: int, itemsize: int, rows: int) -> Config:
@@ -102,44 +129,20 @@ def forward_split(target: str, head_width: int, itemsize: int, rows: int) -> Con
     block = min(SPLIT_ROWS, pad(rows))
     if target == "interpreter":
         return Config(block, 32, 4, 1)
-    if itemsize == 4:
-        return Config(min(block, 32), 16, 8, 1)
-    return Config(block, 32, 4 if head_width <= 64 else 8, 1 if target == "gfx942" else 2)
+    return _chosen(f"split {block}", target, head_width, itemsize)
 
 
-def backward_query(target: str, head_width: int, itemsize: int) -> Config:
-    """Configuration of the kernel that computes d query: rows stay, keys pass."""
-    if target == "interpreter":
-        return Config(64, 32, 4, 1)
-    if itemsize == 4:
-        return Config(32, 32, 8, 1) if head_width <= 128 else Config(16, 16, 8, 1)
-    if head_width > 128:
-        return Config(32, 32, 8 if target == "gfx942" else 4, 1)
-    if target == "gfx942":
-        return Config(64, 32, 4, 1)
-    return Config(128, 64, 8, 2) if head_width <= 64 else Config(64, 64, 8, 2)
-
-
-def backward_key(target: str, head_width: int, itemsize: int, extras: bool) -> Config:
-    """Configuration of the kernel that computes d key and d value: keys stay, rows pass.
+def backward_query(target: str, head_width: int, itemsize: int, extras: bool) -> Config:
+    """Configuration of the kernel that computes d query: rows stay, keys pass.
 
     `extras`: a softcap or the gradient of the frequencies, which want registers of their own.
     """
-    if target == "interpreter":
-        return Config(32, 64, 4, 1)
-    if itemsize == 4:
-        if head_width <= 64:
-            return Config(32, 32, 8, 1)
-        return Config(16, 32 if head_width <= 128 and not extras else 16, 8, 1)
-    if head_width > 128:
-        return Config(32, 32, 8, 1 if target == "gfx942" else 2)
-    if target == "gfx942":
-        return Config(32, 64, 4, 1)
-    if target == "sm_80":
-        return Config(32, 64, 8, 2) if head_width <= 64 else Config(16, 64, 8, 2)
-    if target == "sm_90":
-        return Config(16 if head_width > 64 and extras else 32, 128, 8, 2)
-    return Config(32, 128, 8, 2) if head_width <= 64 else Config(64, 64, 8, 2)
+    return _chosen("backward query extras" if extras else "backward query", target, head_width, itemsize)
+
+
+def backward_key(target: str, head_width: int, itemsize: int, extras: bool) -> Config:
+    """Configuration of the kernel that computes d key and d value: keys stay, rows pass."""
+    return _chosen("backward key extras" if extras else "backward key", target, head_width, itemsize)
 
 
 def delta(target: str) -> Config:
@@ -151,4 +154,9 @@ def rotate(target: str, head_width: int) -> Config:
     """Configuration of `rotate_kernel`: `rows` are tokens; keys have no meaning."""
     if target == "interpreter":
         return Config(64, 0, 4, 1)
-    return Config(32 if head_width <= 128 else 16, 0, 4, 1)
+    return Config(32 if head_width <= 128 else 16, 0, 4 if head_width <= 64 else 8, 1)
+
+
+def append() -> Config:
+    """Configuration of `append_kernel` and `tail_kernel`: `keys` are those of a group of a quantised cache."""
+    return Config(0, 64, 4, 1)

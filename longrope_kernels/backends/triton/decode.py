@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .forward import softmax_step
+from .pages import key_slots, load_keys, load_values
 from .tiles import (
     LN_2,
     cos_sin,
@@ -47,8 +48,18 @@ def walk_run(
     end,
     keys,
     values,
+    key_page_stride,
     key_token_stride,
+    value_page_stride,
     value_token_stride,
+    table,
+    page_tokens,
+    key_scale,
+    value_scale,
+    key_tail,
+    head,
+    key_heads,
+    key_length,
     frequency,
     factor,
     scale_log2,
@@ -61,6 +72,7 @@ def walk_run(
     VALUE_BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
     """Keys [begin, end) of one run, all of one frequency."""
@@ -74,28 +86,56 @@ def walk_run(
     for first in tl.range(begin // BLOCK_KEYS * BLOCK_KEYS, end, BLOCK_KEYS):
         index = first + j
         inside = (index >= begin) & (index < end)
-        key_rows = keys + index.to(tl.int64) * key_token_stride
+        page, slot = key_slots(first, index, inside, table, page_tokens, ONE_PAGE)
+        k_a, k_b, k_rest = load_keys(
+            keys + page * key_page_stride + slot * key_token_stride,
+            inside,
+            first,
+            index,
+            key_length,
+            page,
+            page_tokens,
+            key_scale,
+            key_tail,
+            head,
+            key_heads,
+            PAIRS,
+            HEAD_DIM - 2 * PAIRS,
+            PAIR_BLOCK,
+            REST_BLOCK,
+            INTERLEAVED,
+            True,
+        )
         q_a = a
         q_b = b
-        k_a = a
-        k_b = b
-        k_rest = q_rest
         if HAS_ROPE:
-            k_a, k_b = load_pairs(key_rows, inside, PAIRS, PAIR_BLOCK, INTERLEAVED, True)
             x = k_a.to(tl.float32)
             y = k_b.to(tl.float32)
             c, s = cos_sin(query_phase - phase_of(tl.full((1,), first, tl.int64), frequency))
             # Both sides' attention factor is applied here.
             c = (c * factor)[None, :]
             s = (s * factor)[None, :]
-            q_a = (a.to(tl.float32) * c - b.to(tl.float32) * s).to(k_a.dtype)
-            q_b = (b.to(tl.float32) * c + a.to(tl.float32) * s).to(k_a.dtype)
-            k_a = (x * key_cos - y * key_sin).to(q_a.dtype)
-            k_b = (y * key_cos + x * key_sin).to(q_a.dtype)
+            q_a = (a.to(tl.float32) * c - b.to(tl.float32) * s).to(a.dtype)
+            q_b = (b.to(tl.float32) * c + a.to(tl.float32) * s).to(a.dtype)
+            k_a = (x * key_cos - y * key_sin).to(a.dtype)
+            k_b = (y * key_cos + x * key_sin).to(a.dtype)
         if HAS_REST:
-            k_rest = load_dims(key_rows, inside, 2 * PAIRS, HEAD_DIM - 2 * PAIRS, REST_BLOCK, True)
+            k_rest = k_rest.to(q_rest.dtype)
         scores = scores_of(q_a, q_b, q_rest, k_a, k_b, k_rest, HAS_ROPE, HAS_REST)
-        v = load_dims(values + index.to(tl.int64) * value_token_stride, inside, 0, HEAD_DIM, VALUE_BLOCK, True)
+        v = load_values(
+            values + page * value_page_stride + slot * value_token_stride,
+            inside,
+            page,
+            slot,
+            page_tokens,
+            value_scale,
+            head,
+            key_heads,
+            key_tail,
+            HEAD_DIM,
+            VALUE_BLOCK,
+            True,
+        )
         acc, top, total = softmax_step(
             scores, inside[None, :], acc, top, total, v, scale_log2, cap_slope, cap_log2, HAS_CAP
         )
@@ -118,6 +158,10 @@ def decode_kernel(
     query_start,
     key_start,
     key_length,
+    table,  # of a cache in pages: int32[B, N]; else None
+    key_scale,  # of an int8 cache, with value_scale and key_tail; else None, see pages.py
+    value_scale,
+    key_tail,
     query_batch_stride,
     query_head_stride,
     key_batch_stride,
@@ -127,6 +171,8 @@ def decode_kernel(
     value_head_stride,
     value_token_stride,
     query_positions_stride,
+    table_stride,
+    page_tokens,
     key_heads,
     group,
     splits,
@@ -146,6 +192,7 @@ def decode_kernel(
     HAS_RIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr,
     SPLIT: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
@@ -172,9 +219,16 @@ def decode_kernel(
     if begin < end:
         query_rows = query + sequence * query_batch_stride
         query_rows += (head * group + row).to(tl.int64) * query_head_stride
-        keys = key + sequence * key_batch_stride + head.to(tl.int64) * key_head_stride + first_key * key_token_stride
-        values = value + sequence * value_batch_stride + head.to(tl.int64) * value_head_stride
-        values += first_key * value_token_stride
+        head_offset = head.to(tl.int64)
+        keys = key + head_offset * key_head_stride
+        values = value + head_offset * value_head_stride
+        if table is None:
+            keys += sequence * key_batch_stride + first_key * key_token_stride
+            values += sequence * value_batch_stride + first_key * value_token_stride
+        else:
+            table += sequence * table_stride
+        if key_scale is not None:
+            key_tail += (sequence * key_heads + head) * 64 * HEAD_DIM
         regime = tl.load(regime_index + sequence)
         a = scale_log2
         b = scale_log2
@@ -222,8 +276,18 @@ def decode_kernel(
                         to_key,
                         keys,
                         values,
+                        key_batch_stride,
                         key_token_stride,
+                        value_batch_stride,
                         value_token_stride,
+                        table,
+                        page_tokens,
+                        key_scale,
+                        value_scale,
+                        key_tail,
+                        head_offset,
+                        key_heads,
+                        length.to(tl.int32),
                         of_side,
                         factor,
                         scale_log2,
@@ -236,6 +300,7 @@ def decode_kernel(
                         VALUE_BLOCK,
                         INTERLEAVED,
                         HAS_CAP,
+                        ONE_PAGE,
                         BLOCK_KEYS,
                     )
     seen = total > 0.0

@@ -21,12 +21,14 @@ likewise, and leaves a partial result for `combine_kernel` (decode.py).
 import triton
 import triton.language as tl
 
+from .pages import key_slots, load_keys, load_values
 from .tiles import (
     LN_2,
     angles,
     load_dims,
     load_frequency,
     load_pairs,
+    place_of,
     row_offsets,
     scores_of,
     store_dims,
@@ -69,8 +71,17 @@ def walk_keys(
     end,
     keys,
     values,
+    key_page_stride,
     key_token_stride,
+    value_page_stride,
     value_token_stride,
+    table,
+    page_tokens,
+    key_scale,
+    value_scale,
+    key_tail,
+    head,
+    key_heads,
     key_length,
     key_positions,
     turns,
@@ -89,6 +100,7 @@ def walk_keys(
     ROTATE_KEY: tl.constexpr,
     HAS_KEY_POSITIONS: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -97,13 +109,28 @@ def walk_keys(
     for first in tl.range(begin, end, BLOCK_KEYS):
         index = first + tl.arange(0, BLOCK_KEYS)
         inside = index < key_length
-        key_rows = keys + index.to(tl.int64) * key_token_stride
-        k_a = q_a
-        k_b = q_b
-        k_rest = q_rest
+        page, slot = key_slots(first, index, inside, table, page_tokens, ONE_PAGE)
+        k_a, k_b, k_rest = load_keys(
+            keys + page * key_page_stride + slot * key_token_stride,
+            inside,
+            first,
+            index,
+            key_length,
+            page,
+            page_tokens,
+            key_scale,
+            key_tail,
+            head,
+            key_heads,
+            PAIRS if ROTATE_KEY else PAIR_BLOCK,
+            HEAD_DIM - 2 * PAIRS if ROTATE_KEY else REST_BLOCK,
+            PAIR_BLOCK,
+            REST_BLOCK,
+            INTERLEAVED and ROTATE_KEY,
+            MASKED,
+        )
         if ROTATE_KEY:
             if HAS_ROPE:
-                k_a, k_b = load_pairs(key_rows, inside, PAIRS, PAIR_BLOCK, INTERLEAVED, MASKED)
                 if HAS_KEY_POSITIONS:
                     at = tl.load(key_positions + index, mask=inside, other=0)
                 else:
@@ -114,17 +141,25 @@ def walk_keys(
                 k_a = (a * c - b * s).to(q_a.dtype)
                 k_b = (b * c + a * s).to(q_a.dtype)
             if HAS_REST:
-                k_rest = load_dims(key_rows, inside, 2 * PAIRS, HEAD_DIM - 2 * PAIRS, REST_BLOCK, MASKED)
-        else:
-            if HAS_ROPE:
-                k_a, k_b = load_pairs(key_rows, inside, PAIR_BLOCK, PAIR_BLOCK, False, MASKED)
-            if HAS_REST:
-                k_rest = load_dims(key_rows, inside, 2 * PAIR_BLOCK, REST_BLOCK, REST_BLOCK, MASKED)
+                k_rest = k_rest.to(q_rest.dtype)
         scores = scores_of(q_a, q_b, q_rest, k_a, k_b, k_rest, HAS_ROPE, HAS_REST)
         visible = None
         if MASKED:
             visible = (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
-        v = load_dims(values + index.to(tl.int64) * value_token_stride, inside, 0, HEAD_DIM, VALUE_BLOCK, MASKED)
+        v = load_values(
+            values + page * value_page_stride + slot * value_token_stride,
+            inside,
+            page,
+            slot,
+            page_tokens,
+            value_scale,
+            head,
+            key_heads,
+            key_tail,
+            HEAD_DIM,
+            VALUE_BLOCK,
+            MASKED,
+        )
         acc, top, total = softmax_step(scores, visible, acc, top, total, v, scale_log2, cap_slope, cap_log2, HAS_CAP)
     return acc, top, total
 
@@ -146,6 +181,14 @@ def forward_kernel(
     query_start,
     key_start,
     key_length,
+    query_slot,  # of a packed batch, with the three below: int64[B], first row of the sequence; else None
+    query_count,  # int64[B], its query tokens
+    block_sequence,  # int32[row blocks], the sequence of each
+    block_index,  # int32[row blocks], which block of the sequence; -1: none
+    table,  # of a cache in pages: int32[B, N]; else None
+    key_scale,  # of an int8 cache, with value_scale and key_tail; else None, see pages.py
+    value_scale,
+    key_tail,
     query_batch_stride,
     query_head_stride,
     query_token_stride,
@@ -160,6 +203,8 @@ def forward_kernel(
     out_token_stride,
     query_positions_stride,
     key_positions_stride,
+    table_stride,
+    page_tokens,
     key_heads,
     group,
     query_tokens,
@@ -183,21 +228,32 @@ def forward_kernel(
     HAS_RIGHT: tl.constexpr,
     HAS_CAP: tl.constexpr,
     SPLIT: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
     HAS_ROPE: tl.constexpr = PAIRS > 0
     HAS_REST: tl.constexpr = HEAD_DIM > 2 * PAIRS
     program = tl.program_id(0)
-    # The last rows see the most keys under a causal mask: they go first, and short programs fill the end.
-    row_block = row_blocks - 1 - program % row_blocks
     head = (program // row_blocks) % key_heads
-    b = (program // row_blocks // key_heads).to(tl.int64)
+    outer, b, row_block, first_token, count = place_of(
+        program % row_blocks,
+        program // row_blocks // key_heads,
+        row_blocks,
+        query_tokens,
+        query_slot,
+        query_count,
+        block_sequence,
+        block_index,
+    )
+    if block_sequence is not None:  # noqa: SIM102
+        if row_block < 0:
+            return
 
     length = tl.load(key_length + b)
     query_index = tl.load(query_start + b)
     first_key = tl.load(key_start + b)
-    rows = query_tokens * group
+    rows = count * group
     first_row = row_block * BLOCK_ROWS
     row = first_row + tl.arange(0, BLOCK_ROWS)
     in_rows = row < rows
@@ -225,7 +281,7 @@ def forward_kernel(
     full_begin = tl.where(whole, full_begin, begin)
     full_end = tl.where(whole, full_end, begin)
 
-    query_rows = query + b * query_batch_stride
+    query_rows = query + outer * query_batch_stride + first_token * query_token_stride
     query_rows += row_offsets(row, head, group, query_head_stride, query_token_stride)
     regime = tl.load(regime_index + b)
     q_a = tl.zeros((), tl.float32)
@@ -242,7 +298,9 @@ def forward_kernel(
         factor = tl.load(attention_factor + regime)
         at = index
         if HAS_QUERY_POSITIONS:
-            at = tl.load(query_positions + b * query_positions_stride + row // group, mask=in_rows, other=0)
+            at = tl.load(
+                query_positions + outer * query_positions_stride + first_token + row // group, mask=in_rows, other=0
+            )
         c, s = angles(at, frequency, base_frequency, start, factor)
         a, b_ = load_pairs(query_rows, in_rows, PAIRS, PAIR_BLOCK, INTERLEAVED, True)
         a = a.to(tl.float32)
@@ -253,9 +311,16 @@ def forward_kernel(
         q_rest = load_dims(query_rows, in_rows, 2 * PAIRS, HEAD_DIM - 2 * PAIRS, REST_BLOCK, True)
 
     head_offset = head.to(tl.int64)
-    keys = key + b * key_batch_stride + head_offset * key_head_stride + first_key * key_token_stride
-    values = value + b * value_batch_stride + head_offset * value_head_stride + first_key * value_token_stride
-    key_at = key_positions + b * key_positions_stride + first_key
+    keys = key + head_offset * key_head_stride
+    values = value + head_offset * value_head_stride
+    if table is None:
+        keys += outer * key_batch_stride + first_key * key_token_stride
+        values += outer * value_batch_stride + first_key * value_token_stride
+    else:
+        table += b * table_stride
+    if key_scale is not None:
+        key_tail += (b * key_heads + head) * 64 * HEAD_DIM
+    key_at = key_positions + outer * key_positions_stride + first_key
     key_count = length.to(tl.int32)
 
     acc = tl.zeros((BLOCK_ROWS, VALUE_BLOCK), tl.float32)
@@ -286,8 +351,17 @@ def forward_kernel(
                 to_key,
                 keys,
                 values,
+                key_batch_stride,
                 key_token_stride,
+                value_batch_stride,
                 value_token_stride,
+                table,
+                page_tokens,
+                key_scale,
+                value_scale,
+                key_tail,
+                head_offset,
+                key_heads,
                 key_count,
                 key_at,
                 frequency,
@@ -306,6 +380,7 @@ def forward_kernel(
                 ROTATE_KEY,
                 HAS_KEY_POSITIONS,
                 HAS_CAP,
+                ONE_PAGE,
                 BLOCK_KEYS,
                 part != 1,
             )
@@ -319,7 +394,8 @@ def forward_kernel(
         store_dims(out + place * HEAD_DIM, in_rows, acc, 0, HEAD_DIM, VALUE_BLOCK)
         tl.store(lse + place, log_total, mask=in_rows)
     else:
-        out_rows = out + b * out_batch_stride + row_offsets(row, head, group, out_head_stride, out_token_stride)
+        out_rows = out + outer * out_batch_stride + first_token * out_token_stride
+        out_rows += row_offsets(row, head, group, out_head_stride, out_token_stride)
         store_dims(out_rows, in_rows, acc, 0, HEAD_DIM, VALUE_BLOCK)
-        query_head = (b * key_heads + head) * group + row % group
-        tl.store(lse + query_head * query_tokens + row // group, log_total * LN_2, mask=in_rows)
+        query_head = (outer * key_heads + head) * group + row % group
+        tl.store(lse + query_head * query_tokens + first_token + row // group, log_total * LN_2, mask=in_rows)

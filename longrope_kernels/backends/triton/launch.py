@@ -7,6 +7,7 @@ checked without a GPU is what a call launches.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from dataclasses import dataclass
@@ -20,12 +21,18 @@ from .configs import Config
 
 @dataclass
 class Launch:
-    """One launch. `arguments` holds tensors, numbers and compile-time constants by parameter name."""
+    """One launch. `arguments` holds tensors, numbers and compile-time constants by parameter name.
+
+    What the kernel has no parameter for is left out: Triton's launcher refuses it.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     config: Config
+
+    def __post_init__(self) -> None:
+        self.arguments = {name: self.arguments[name] for name in _parameters(self.kernel)}
 
     @property
     def name(self) -> str:
@@ -38,6 +45,11 @@ class Launch:
             return
         _debug(self.name, self.config)
         self.kernel[self.grid](**self.arguments, num_warps=self.config.warps, num_stages=self.config.stages)
+
+
+@functools.cache
+def _parameters(kernel: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kernel.fn).parameters)
 
 
 def interpreting() -> bool:

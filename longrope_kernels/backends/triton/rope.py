@@ -11,7 +11,7 @@ are aligned, and kernels read them without masks in the head dimension.
 import triton
 import triton.language as tl
 
-from .tiles import angles, load_dims, load_frequency, load_pairs, store_dims, store_pairs
+from .tiles import angles, load_dims, load_frequency, load_pairs, place_of, store_dims, store_pairs
 
 
 @triton.jit
@@ -25,6 +25,10 @@ def rotate_kernel(
     regime_index,
     positions,  # int64[B, T], read if HAS_POSITIONS
     first_index,  # int64[B]: the position of token 0 where none are given
+    slots,  # of a packed batch, with the three below: int64[B], the sequence's first row of [1, H, T, D]; else None
+    counts,  # int64[B], its tokens
+    block_sequence,
+    block_index,
     x_batch_stride,
     x_head_stride,
     x_token_stride,
@@ -49,15 +53,26 @@ def rotate_kernel(
     HAS_ROPE: tl.constexpr = PAIRS > 0
     HAS_REST: tl.constexpr = HEAD_DIM > 2 * PAIRS
     program = tl.program_id(0)
-    block = program % token_blocks
-    b = (program // token_blocks).to(tl.int64)
+    outer, b, block, first_token, count = place_of(
+        program % token_blocks,
+        program // token_blocks,
+        token_blocks,
+        tokens,
+        slots,
+        counts,
+        block_sequence,
+        block_index,
+    )
+    if block_sequence is not None:  # noqa: SIM102
+        if block < 0:
+            return
     first_head = tl.program_id(1) * heads_in_program
     token = block * BLOCK + tl.arange(0, BLOCK)
-    inside = token < tokens
+    inside = token < count
     if HAS_ROPE:
         regime = tl.load(regime_index + b)
         if HAS_POSITIONS:
-            at = tl.load(positions + b * positions_batch_stride + token, mask=inside, other=0)
+            at = tl.load(positions + outer * positions_batch_stride + first_token + token, mask=inside, other=0)
         else:
             at = tl.load(first_index + b) + token
         c, s = angles(
@@ -69,8 +84,8 @@ def rotate_kernel(
         )
         if CONJUGATE:
             s = -s
-    x_rows = x + b * x_batch_stride + token.to(tl.int64) * x_token_stride
-    out_rows = out + b * out_batch_stride + token.to(tl.int64) * out_token_stride
+    x_rows = x + outer * x_batch_stride + (first_token + token) * x_token_stride
+    out_rows = out + outer * out_batch_stride + (first_token + token) * out_token_stride
     for head in tl.range(first_head, tl.minimum(first_head + heads_in_program, heads)):
         head_offset = tl.full((), head, tl.int64)
         source = x_rows + head_offset * x_head_stride

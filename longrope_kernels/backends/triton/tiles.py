@@ -116,6 +116,29 @@ def row_offsets(row, head, group, head_stride, token_stride):
 
 
 @triton.jit
+def place_of(entry, sequence, blocks, tokens, slots, counts, block_sequence, block_index):
+    """Outer index of a row block's operands, its sequence, its number there, and the sequence's first token and count.
+
+    A packed batch names the sequence and the block of each entry (plans.schedule), and its operands have one outer
+    index. Otherwise blocks count down: the last rows see the most keys under a causal mask, they go first, and short
+    programs fill the end.
+    """
+    if block_sequence is None:
+        outer = sequence.to(tl.int64)
+        b = outer
+        block = blocks - 1 - entry
+        first_token = tl.full((), 0, tl.int64)
+        count = tokens
+    else:
+        outer = tl.full((), 0, tl.int64)
+        b = tl.load(block_sequence + entry).to(tl.int64)
+        block = tl.load(block_index + entry)
+        first_token = tl.load(slots + b)
+        count = tl.load(counts + b).to(tl.int32)
+    return outer, b, block, first_token, count
+
+
+@triton.jit
 def visible_keys(index, key_length, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """The interval [low, high) of key indices, int32, that queries at int64 `index` see; both rise with the index."""
     low = index * 0

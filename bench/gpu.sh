@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Everything that a GPU is needed for, in one bounded run: environment, build, conformance, sanitizer, benchmarks.
+#
+#   bench/gpu.sh OUTDIR [--dry-run]
+#
+# A part that fails or runs out of its time does not stop the next; OUTDIR/summary.txt has a line for each, and the exit
+# status is that of the worst. --dry-run takes every step on small shapes without a GPU, in Triton's interpreter.
+# PYTHON names the interpreter, MINUTES (20) bounds the whole.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+    echo "usage: bench/gpu.sh OUTDIR [--dry-run]" >&2
+    exit 2
+}
+[ $# -ge 1 ] && [ $# -le 2 ] || usage
+dry=0
+if [ $# -eq 2 ]; then
+    [ "$2" = --dry-run ] || usage
+    dry=1
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+minutes=${MINUTES:-20}
+deadline=$(($(date +%s) + minutes * 60))
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
+: >"$out/summary.txt"
+worst=0
+
+# part NAME SECONDS COMMAND...: runs a command for at most so long, within the whole, its output in OUTDIR/NAME.log.
+part() {
+    local name=$1 limit=$2 left began status verdict
+    shift 2
+    began=$(date +%s)
+    left=$((deadline - began))
+    if [ "$left" -lt 5 ]; then
+        verdict="not run: $minutes minutes are over"
+        worst=1
+    else
+        timeout -k 5 "$((left < limit ? left : limit))" "$@" >"$out/$name.log" 2>&1
+        status=$?
+        case $status in
+            0) verdict=ok ;;
+            77) verdict="skipped: $(tail -n 1 "$out/$name.log")" ;;
+            124 | 137) verdict="out of time" worst=1 ;;
+            *) verdict="failed ($status): $(grep -v '^[[:space:]]*$' "$out/$name.log" | tail -n 1 | cut -c1-160)" worst=1 ;;
+        esac
+    fi
+    printf '%-12s %4ds  %s\n' "$name" "$(($(date +%s) - began))" "$verdict" | tee -a "$out/summary.txt"
+}
+
+skip() {
+    echo "$1"
+    exit 77
+}
+
+environment() {
+    nvidia-smi || rocm-smi || echo "no GPU tool"
+    nvcc --version || echo "no nvcc"
+    "$python" -m torch.utils.collect_env || true
+    "$python" -m pip list 2>/dev/null | grep -iE '^(torch|triton|flash|liger|flashinfer|nvidia|transformers)' || true
+}
+
+build() {
+    [ "$dry" = 0 ] || skip "dry run: what is built is used"
+    "$python" setup.py build_ext --inplace
+}
+
+conformance() {
+    "$python" -m pytest -p no:cacheprovider -q tests/test_gpu.py
+}
+
+sanitize() {
+    local tool=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
+    tool=$(command -v compute-sanitizer || echo "$tool")
+    if [ "$dry" = 1 ]; then
+        [ "$1" = memcheck ] || skip "dry run: the same steps as memcheck"
+        "$python" -m bench.gpu --smoke
+        return
+    fi
+    [ -x "$tool" ] || skip "compute-sanitizer is not installed"
+    "$tool" --tool "$1" --error-exitcode 1 --target-processes all "$python" -m bench.gpu --smoke
+}
+
+# Functions run in a shell of their own under `timeout`, which takes commands alone.
+export python dry
+export -f environment build conformance sanitize skip
+shell() { part "$1" "$2" bash -c "${*:3}"; }
+
+flags=(--out "$out")
+if [ "$dry" = 1 ]; then
+    export TRITON_INTERPRET=1 OMP_NUM_THREADS=1 LONGROPE_KERNELS_DRY_RUN=1
+    flags+=(--dry-run)
+fi
+shell environment 60 environment
+shell build 300 build
+shell conformance 420 conformance
+part benchmark 600 "$python" -m bench.gpu "${flags[@]}"
+shell memcheck 180 sanitize memcheck
+shell synccheck 120 sanitize synccheck
+shell racecheck 120 sanitize racecheck
+exit "$worst"

@@ -1,0 +1,77 @@
+"""`bench/gpu.sh` where there is no GPU: every part runs dry, a part that fails stops no other."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+SCRIPT = pathlib.Path(__file__).parent.parent / "bench/gpu.sh"
+PARTS = ["environment", "build", "conformance", "benchmark", "memcheck", "synccheck", "racecheck"]
+
+
+def run(folder, *flags, **environment):
+    done = subprocess.run(
+        [str(SCRIPT), str(folder), *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHON": sys.executable} | environment,
+    )
+    summary = folder / "summary.txt"
+    return done, [line.split(maxsplit=2) for line in summary.read_text().splitlines()] if summary.exists() else []
+
+
+@pytest.mark.timeout(300)
+def test_a_dry_run_takes_every_step(tmp_path):
+    done, lines = run(tmp_path, "--dry-run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [name for name, _, _ in lines] == PARTS
+    for name, _, verdict in lines:
+        skipped = verdict.startswith("skipped: dry run") and name in ("build", "synccheck", "racecheck")
+        assert skipped or verdict == "ok", (name, verdict)
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["complete"]
+    assert content["dry_run"]
+    assert {row["section"] for row in content["rows"]} == {"forward", "backward", "decode", "decode int8", "rope"}
+    for row in content["rows"]:
+        assert "refused" not in row
+        assert row["seconds"]["ours"] > 0
+        assert set(row["ceilings"]) <= {"matmul", "copy"}
+    peers = content["rows"][0]["seconds"].keys() | content["rows"][0]["notes"].keys()
+    assert {"SDPA flash", "SDPA cuDNN", "FlexAttention", "flash-attn-4"} <= peers
+
+
+def test_a_part_that_fails_stops_no_other(tmp_path):
+    done, lines = run(tmp_path, "--dry-run", PYTHON="false")
+    assert done.returncode == 1
+    assert [name for name, _, _ in lines] == PARTS
+    failed = {name for name, _, verdict in lines if verdict.startswith("failed (1)")}
+    assert failed == {"conformance", "benchmark", "memcheck"}
+
+
+def test_what_no_time_is_left_for_is_said(tmp_path):
+    done, lines = run(tmp_path, "--dry-run", MINUTES="0")
+    assert done.returncode == 1
+    assert {verdict for _, _, verdict in lines} == {"not run: 0 minutes are over"}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--wet"]])
+def test_wrong_arguments_are_refused(tmp_path, arguments):
+    command = [str(SCRIPT), *([str(tmp_path / "out"), *arguments] if arguments else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "usage: bench/gpu.sh OUTDIR [--dry-run]\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_benchmark_says_so():
+    command = [sys.executable, "-m", "bench.gpu", "--out", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=SCRIPT.parent.parent)
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
