@@ -29,9 +29,14 @@ def token_nll(model: Any, input_ids: Tensor, start: int = 1, chunk_tokens: int |
     Returns:
         float32[tokens - start].
     """
+    return nll_of(model, last_hidden_state(model, input_ids), input_ids, start, chunk_tokens)
+
+
+@torch.inference_mode()
+def nll_of(model: Any, hidden: Tensor, input_ids: Tensor, start: int = 1, chunk_tokens: int | None = None) -> Tensor:
+    """`token_nll` where the model's last hidden state, [tokens, hidden_size], is known."""
     tokens = input_ids.numel()
     start = max(start, 1)
-    hidden = last_hidden_state(model, input_ids)
     if chunk_tokens is None:
         chunk_tokens = max(CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size), 1)
     losses = []
