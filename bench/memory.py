@@ -133,9 +133,7 @@ def paper_bytes(tokens: int, hidden: int, intermediate: int, key_heads: int, hea
 
 def show_paper() -> None:
     """Print the memory of larger models, by the formula; nothing of it is measured."""
-    table = Table(
-        title="By the formula, bf16, not measured: weights + hidden states, one layer's keys and values, a chunk"
-    )
+    table = Table(title="By the formula, bf16, not measured: weights + the forward (the losses take 0.3 GiB more)")
     for heading in ("model", *(f"{length:,} tokens" for length in PAPER_LENGTHS)):
         table.add_column(heading, justify="right")
     for name, (parameters, *sizes) in PAPER.items():
