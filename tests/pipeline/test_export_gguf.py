@@ -16,6 +16,7 @@ from conftest import Finished, Run
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
 
 import longrope_kernels as lk
+from longrope import models
 from longrope.errors import PipelineError, UsageError
 from longrope.export import export_gguf, gguf, read_gguf
 
@@ -128,6 +129,15 @@ def test_an_earlier_export_is_replaced_and_anything_else_left_alone(source: Path
         with pytest.raises(UsageError, match=r"--out: got .* expected a file that is absent or an earlier export"):
             export_gguf(LADDER, tiny.config(), source, target)
     assert other.read_bytes() == before
+
+
+def test_what_transformers_would_read_without_its_factors_is_not_read_at_all(
+    exported: GGUFReader, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UsageError, match=r"long\.gguf, a GGUF file with LongRoPE factors, expected the file it was made"
+    ):
+        models.load_config(models.find(str(tmp_path / "out" / "long.gguf")))
 
 
 BAD: dict[str, Any] = {
