@@ -56,12 +56,15 @@ def measure(model: str, dtype: str, tokens: int, way: str, layers: int) -> dict[
     before = _bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     with torch.inference_mode():
-        began = time.monotonic()
-        hidden = layered_forward(loaded.model, ids.unsqueeze(0))[0] if way == LAYERED else None
-        if hidden is None:
+        began = time.monotonic(), time.process_time()
+        if way == LAYERED:
+            hidden = layered_forward(loaded.model, ids.unsqueeze(0))[0]
+        else:
             hidden = body(input_ids=ids.unsqueeze(0), use_cache=False).last_hidden_state[0]
-        forward = time.monotonic() - began
+        done = time.monotonic(), time.process_time()
+        forward_peak = _bytes("VmHWM")
         nll = loss.nll_of(loaded.model, hidden, ids)
+    seconds, processor_seconds = (end - start for start, end in zip(began, done, strict=True))
     return {
         "tokens": tokens,
         "way": way,
@@ -70,9 +73,11 @@ def measure(model: str, dtype: str, tokens: int, way: str, layers: int) -> dict[
         "dtype": loaded.dtype,
         "weights_bytes": sum(x.numel() * x.element_size() for x in loaded.model.parameters()),
         "loaded_bytes": before,
+        "forward_peak_bytes": forward_peak,
         "peak_bytes": _bytes("VmHWM"),
-        "seconds_a_layer": forward / len(body.layers),
-        "seconds_of_loss": time.monotonic() - began - forward,
+        "seconds_a_layer": seconds / len(body.layers),
+        "processor_seconds_a_layer": processor_seconds / len(body.layers),
+        "processor_seconds_of_loss": time.process_time() - done[1],
         "nll": float(nll.double().mean()),
     }
 
@@ -95,8 +100,9 @@ def run(model: str, dtype: str, lengths: list[int], layers: int, threads: int, f
             command = [sys.executable, "-m", "bench.memory", "--one", request]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-                results.add(record.refused(f"{length} tokens, {way}", "memory", reason[0]))
+                said = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else []
+                reason = f"exit code {done.returncode} {' '.join(said)}"
+                results.add(record.refused(f"{length} tokens, {way}", "memory", reason))
             else:
                 results.add({"section": "memory", **json.loads(done.stdout.splitlines()[-1])})
             work.advance(forward_cost(length), f"{length:,} tokens, {way}")
@@ -107,23 +113,23 @@ def run(model: str, dtype: str, lengths: list[int], layers: int, threads: int, f
 def show(content: dict[str, Any]) -> None:
     """Print the rows; the time of the whole model is that of its layers times their number, and the losses."""
     table = Table()
-    for heading in ("tokens", "way", "beside the weights", "in all", "a layer", "losses", "the model"):
+    for heading in ("tokens", "way", "forward, beside the weights", "with losses", "in all", "a layer", "the model"):
         table.add_column(heading, justify="right")
     for row in content["rows"]:
         if "refused" in row:
             say(f"{row['name']}: {row['refused']}")
             continue
-        whole = row["seconds_a_layer"] * row["layers_of_model"] + row["seconds_of_loss"]
+        whole = row["processor_seconds_a_layer"] * row["layers_of_model"] + row["processor_seconds_of_loss"]
         table.add_row(
             f"{row['tokens']:,}",
             row["way"],
-            f"{(row['peak_bytes'] - row['loaded_bytes']) / GIB:.2f} GiB",
+            *(f"{(row[name] - row['loaded_bytes']) / GIB:.2f} GiB" for name in ("forward_peak_bytes", "peak_bytes")),
             f"{row['peak_bytes'] / GIB:.2f} GiB",
-            f"{row['seconds_a_layer']:.2f} s",
-            f"{row['seconds_of_loss']:.1f} s",
+            f"{row['processor_seconds_a_layer']:.2f} s",
             clock(whole) + ("" if row["layers"] == row["layers_of_model"] else " (estimated)"),
         )
     console.print(table)
+    say("Times are processor seconds, of all threads together: those of a clock where one thread has a core to itself.")
 
 
 def paper_bytes(tokens: int, hidden: int, intermediate: int, key_heads: int, head_dim: int) -> int:
@@ -154,11 +160,13 @@ def draw(content: dict[str, Any], path: Path = FIGURE) -> Path:
     for way, color in WAYS.items():
         found = [row for row in rows if row["way"] == way]
         tokens = [row["tokens"] for row in found]
-        peaks = [(row["peak_bytes"] - row["loaded_bytes"]) / GIB for row in found]
+        peaks = [(row["forward_peak_bytes"] - row["loaded_bytes"]) / GIB for row in found]
         left.plot(tokens, peaks, marker="o", ms=4, color=color, label=way)
-        right.plot(tokens, [row["seconds_a_layer"] for row in found], marker="o", ms=4, color=color, label=way)
-    left.set(title="peak beside the weights, GiB", xlabel="tokens", yscale="log")
-    right.set(title="time of a layer, seconds", xlabel="tokens", yscale="log")
+        right.plot(
+            tokens, [row["processor_seconds_a_layer"] for row in found], marker="o", ms=4, color=color, label=way
+        )
+    left.set(title="peak of the forward beside the weights, GiB", xlabel="tokens", yscale="log")
+    right.set(title="time of a layer, processor seconds", xlabel="tokens", yscale="log")
     ticks = sorted({row["tokens"] for row in rows})
     for axes in (left, right):
         axes.set_xscale("log", base=2)
