@@ -39,6 +39,7 @@ class LayerRope:
 
     rope: LongRope
     regime: int | None  # length in tokens whose regime every sequence gets; None: its own length
+    group: Any = None  # ranks that each hold a part of every sequence; None: this process holds all
 
     @property
     def has_start_tokens(self) -> bool:
@@ -229,6 +230,9 @@ def attention_forward(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
+    if layer.group is not None:
+        out = _over_ranks(layer, query, key, value, attention_mask, position_ids, scaling, sliding_window, softcap)
+        return out.transpose(1, 2), None
     layout = _layout(attention_mask, position_ids, query.shape[2], key.shape[2], sliding_window, layer.has_start_tokens)
     out = attention(
         query,
@@ -246,6 +250,45 @@ def attention_forward(
         regime_index=layout.regime_index(layer),
     )
     return out.transpose(1, 2), None
+
+
+def _over_ranks(
+    layer: LayerRope,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attend from this rank's tokens to those of all ranks of the layer's group."""
+    from ..distributed import ring_attention
+
+    # Made once per forward: the mask must say that these are all tokens of this rank, and none of them padding.
+    layout = _layout(mask, position_ids, query.shape[2], key.shape[2], window, False)
+    if layout.query_positions is not None:
+        refuse("position_ids", "positions", "None: those of longrope_kernels.distributed.positions are used")
+    regime_index = None
+    if layer.regime is not None:
+        regime_index = layer.rope.select_index(torch.full_like(layout.lengths, layer.regime))
+    whole = (layout.key_length == query.shape[2]) & (layout.query_start == 0)
+    if query.shape[2] != key.shape[2] or not bool(whole.all()):
+        refuse("attention_mask", "padding or a cache", "whole sequences, without either, where ranks share them")
+    out = ring_attention(
+        query,
+        key,
+        value,
+        layer.rope,
+        group=layer.group,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        regime_index=regime_index,
+    )
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _layout(

@@ -72,6 +72,9 @@ def layered_forward(model: nn.Module, input_ids: Tensor, chunk_tokens: int = CHU
     if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool) or chunk_tokens < 1:
         refuse("chunk_tokens", chunk_tokens, "an int >= 1")
     decoder = _decoder(model)
+    ropes: list[Any] = [attention.longrope for attention in _attentions(decoder)]
+    if any(rope.group is not None for rope in ropes):
+        refuse("model", "one whose sequences are spread over ranks", "enable(model) without a group")
     tokens = input_ids.shape[1]
     layers = list(decoder.layers[: decoder.config.num_hidden_layers])
     memory = _OneLayer(tokens)
