@@ -7,8 +7,8 @@ any time are the hidden states of the sequence, once, the keys and values of one
     bytes = itemsize * (tokens * (hidden_size + 2 * key_heads * head_dim) + chunk_tokens * c)
 
 with c, what a layer makes of one token, about 3 * intermediate_size + 6 * hidden_size. (The CPU kernels repack keys and
-values for their products: as much again as one layer holds.) Work is that of the ordinary forward, but for keys being
-rotated anew for every chunk: a part in thousands.
+values for their products: as much again as one layer holds.) Work is that of the ordinary forward, but that keys are
+rotated once for every chunk of queries instead of once.
 
 Nothing of a model is written again here. Its own forward runs once over each chunk with layers that only take down what
 they are called with (embeddings, masks, positions), and then its own layers are called with that.
