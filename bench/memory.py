@@ -25,7 +25,7 @@ from longrope.progress import clock, console, say, task
 from longrope.search.budget import forward_cost
 from longrope_kernels.integrations.transformers_layered import CHUNK_TOKENS, layered_forward
 
-from . import record
+from . import plots, record
 
 FIGURE = record.ROOT / "docs/figures/memory.png"
 LAYERED, ORDINARY = "layer by layer", "ordinary"
@@ -175,11 +175,7 @@ def draw(content: dict[str, Any], path: Path = FIGURE) -> Path:
         axes.legend(fontsize=8)
     what = f"{content['notes']['model']}, {rows[0]['dtype']}, {content['threads']} threads"
     figure.suptitle(f"{what}, {content['machine']['processor']}", fontsize=10)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    return path
+    return plots.save(figure, path)
 
 
 def main() -> int:

@@ -132,9 +132,10 @@ def search(
 ) -> None:
     """Search factors; writes factors/winner.json into the run directory."""
     arguments = dict(locals())
+    from .options import open_run, serves
+
     if serves(model, threads):
         return
-    from .options import open_run
 
     context, spending = open_run(**arguments, command=typed())
     from .search.stage import run_search
@@ -178,9 +179,10 @@ def extend(
 ) -> None:
     """All of it: inspect, search, evaluate on held-out documents, export, reload check, report."""
     arguments = dict(locals())
+    from .options import open_run, serves
+
     if serves(model, threads):
         return
-    from .options import open_run
 
     context, spending = open_run(**arguments, command=typed())
     from .extend import extend as run_extend
@@ -208,11 +210,11 @@ def evaluate(
 ) -> None:
     """Perplexity by position and length on held-out documents, beside the original, PI, NTK and YaRN; passkey."""
     arguments = {name: value for name, value in locals().items() if name != "factors"}
+    from .factors import read
+    from .options import open_run, read_factors, serves
+
     if serves(model, threads):
         return
-    from .factors import read
-    from .options import open_run, read_factors
-
     if factors is not None:
         read(factors)  # before the seconds that loading a model takes
     context, _ = open_run(**arguments, keep_settings=True)
@@ -311,23 +313,6 @@ def main(arguments: list[str] | None = None) -> None:
         _exit(*explain(error, arguments))
     if code:  # typer returns 130 for an interrupt that came while a command ran
         _exit("stopped; the same command goes on where it was" if code == 130 else "", code)
-
-
-def serves(model: str, threads: int | None) -> bool:
-    """Whether this is one of torchrun's ranks above 0; it works for rank 0 until that has no more to do."""
-    from . import team
-
-    if team.rank()[0] == 0:
-        return False
-    from .evaluate.scoring import run_forward
-    from .progress import console
-
-    console.quiet = True  # rank 0 speaks for all
-    try:
-        team.serve(model, run_forward, threads)
-    finally:
-        console.quiet = False
-    return True
 
 
 def typed() -> str:
