@@ -65,10 +65,12 @@ def meet() -> Any:
     import torch.distributed as dist
 
     try:
-        return next(iter(dist.rendezvous("env://")))[0]
+        store = next(iter(dist.rendezvous("env://")))[0]
     except (ValueError, RuntimeError) as error:
         line = one_line(f"MASTER_ADDR: got {error}, expected the address of rank 0, as torchrun sets it")
         raise PipelineError(line) from error
+    # Where torchrun starts all ranks anew, its store still has the claims of those that are gone.
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 class Leader:

@@ -19,7 +19,8 @@ from test_killed_search import logged, searching
 
 from longrope import team
 
-# Rank 0 computes nothing before the others have put so many records into the log; rank 1 is killed in its n-th forward.
+# Rank 0 computes nothing before rank 1 has put so many records into the log. Rank 1 is killed in its n-th forward, and
+# where torchrun starts all anew not again.
 PROGRAM = """
 import os, signal, sys, time
 from longrope import cli, context, team
@@ -34,7 +35,8 @@ def token_nll(*arguments):
     if os.environ["RANK"] == "0":
         while sum("rank" in record for record in logs[0].records.values()) < wanted:
             time.sleep(0.01)
-    elif count == fatal:
+    elif count == fatal and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        time.sleep(0.5)  # in the forward; what it finished before has been logged by then
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 
@@ -68,12 +70,14 @@ def assert_the_same_search(folder: Path, alone: Path) -> None:
     assert bits[0].items() <= bits[1].items()
 
 
-def test_two_ranks_under_torchrun_find_what_one_finds(extended: Run, tmp_path: Path) -> None:
+def test_two_ranks_under_torchrun_started_anew_after_a_kill_find_what_one_finds(extended: Run, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
-    program = (tmp_path / "program.py", "4", "0", *searching(extended, tmp_path / "run"))
-    done = subprocess.run([sys.executable, *torchrun, *map(str, program)], capture_output=True, text=True, check=False)
+    program = (tmp_path / "program.py", "4", "3", *searching(extended, tmp_path / "run"))
+    whole = [sys.executable, *torchrun, "--max-restarts", "1", *map(str, program)]
+    done = subprocess.run(whole, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" evaluations are there and are not repeated") == 1
     assert done.stdout.count("Search done") == 1, "the other rank is silent"
     assert sum("rank" in record for record in logged(tmp_path / "run")) >= 4
     assert_the_same_search(tmp_path / "run", extended.folder)
