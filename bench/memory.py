@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,13 @@ def run(model: str, dtype: str, lengths: list[int], layers: int, threads: int, f
     results.content["notes"] = {"model": model, "chunk_tokens": CHUNK_TOKENS, "tokens": "random"}
     results.content["threads"] = threads
     works = [(length, way) for length in lengths for way in WAYS if way == LAYERED or length <= ORDINARY_UP_TO]
-    with task("memory", sum(forward_cost(length) for length, _ in works)) as work:
+    with (
+        tempfile.TemporaryDirectory() as place,
+        task("memory", sum(forward_cost(length) for length, _ in works)) as work,
+    ):
+        source = unpacked(model, dtype, Path(place))
         for length, way in works:
-            request = json.dumps([model, dtype, length, way, layers, threads])
+            request = json.dumps([source, dtype, length, way, layers, threads])
             command = [sys.executable, "-m", "bench.memory", "--one", request]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -110,6 +115,20 @@ def run(model: str, dtype: str, lengths: list[int], layers: int, threads: int, f
             work.advance(forward_cost(length), f"{length:,} tokens, {way}")
     results.finish()
     return results.content
+
+
+def unpacked(model: str, dtype: str, folder: Path) -> str:
+    """Return the model as a folder that loads in a second, where it is a GGUF file, which takes half a minute."""
+    if models.find(model).gguf_file is None:
+        return model
+    loaded = models.load(model, dtype)
+    loaded.stock()
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 def show(content: dict[str, Any]) -> None:
