@@ -77,7 +77,7 @@ class Leader:
     """Announces forwards, takes their records, and works on what nobody else has claimed.
 
     Args:
-        job: what the workers must agree with: model, dtype and original length, see `Worker`.
+        job: what the workers must agree with: fingerprint of the model, dtype and original length, see `serve`.
         log: gets every record, in the order in which they come in.
         patience: seconds without a heartbeat after which a rank counts as dead.
     """
@@ -125,6 +125,8 @@ class Leader:
             if self._error is not None:
                 raise self._error
             waiting = self._open()
+            if self.log.get(key) is not None:
+                return
             if key not in waiting or self._free(waiting[key][0]):
                 run(key, forward)
                 return
