@@ -17,7 +17,7 @@ from longrope.models import LoadedModel
 
 pytest.importorskip("xllamacpp", reason="llama.cpp itself, from the package xllamacpp")
 
-import llama_cpp
+import judge
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -80,7 +80,7 @@ def test_llama_cpp_gives_our_losses(loaded: LoadedModel, tmp_path: Path, regime:
     assert len(notes) == 1
     # Short enough for either context: which factors llama.cpp takes, its context decides.
     tokens = torch.randint(0, 256, (100,), generator=torch.Generator().manual_seed(0))
-    found = llama_cpp.losses(tmp_path / "long.gguf", tokens.tolist(), context)
+    found = judge.losses(tmp_path / "long.gguf", tokens.tolist(), context)
     expected = {}
     for name, scaling in (("short", short), ("long", long), ("unscaled", loaded.base)):
         loaded.use(lk.LongRope(512, {512: scaling}))
@@ -88,4 +88,4 @@ def test_llama_cpp_gives_our_losses(loaded: LoadedModel, tmp_path: Path, regime:
     errors = {name: np.abs(found - losses).mean() for name, losses in expected.items()}
     assert errors[regime] < 5e-3, errors  # its cache is in half precision
     assert min(error for name, error in errors.items() if name != regime) > 0.5, errors
-    assert np.abs(llama_cpp.losses(source, tokens.tolist(), context) - expected["unscaled"]).mean() < 5e-3
+    assert np.abs(judge.losses(source, tokens.tolist(), context) - expected["unscaled"]).mean() < 5e-3
