@@ -48,6 +48,13 @@ def draw(content: dict[str, Any], path: Path = FIGURE) -> Path:
     axes.margins(x=0.1)
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8)
+    return save(figure, path)
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure."""
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:
-    # Loaded on use: testing needs hypothesis, integrations need what they integrate with.
-    if name in ("testing", "integrations"):
+    # Loaded on use: testing needs hypothesis, integrations need what they integrate with, distributed is rarely needed.
+    if name in ("distributed", "testing", "integrations"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

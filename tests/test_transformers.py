@@ -94,10 +94,12 @@ RELATIVES: dict[str, Any] = {  # the same attention in other models
 }
 
 
-def build(name: str, implementation: str = "eager") -> Any:
+def build(name: str, implementation: str = "eager", **changes: Any) -> Any:
     """Return a random model of a family; eager is the one stock attention that has Gemma-2's softcap."""
     torch.manual_seed(len(name))
-    return hf.AutoModelForCausalLM.from_config((CONFIGS | RELATIVES)[name](), attn_implementation=implementation).eval()
+    config = (CONFIGS | RELATIVES)[name]()
+    config.update(changes)
+    return hf.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
 
 
 def pair(name: str) -> tuple[Any, Any]:

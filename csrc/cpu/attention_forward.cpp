@@ -10,8 +10,10 @@
 // in L2 while 16 strips use them. Bound by the multiply-add units: bf16 pairs (vdpbf16ps) where the instruction set has
 // them, fp32 otherwise; fp16 is widened to fp32 when packed.
 //
-// A row's result depends on its own interval of keys alone: block boundaries are multiples of 256 in the key's index,
-// and what a strip computes outside a row's interval is multiplied by an exact zero.
+// A row of finite operands depends on its own interval of keys alone: block boundaries are multiples of 256 in the
+// key's index, and what a strip computes outside a row's interval is multiplied by an exact zero (which an infinite
+// value survives: a NaN or infinity in a value may reach rows of its strip that do not see it, as in any blockwise
+// attention).
 #include <algorithm>
 #include <atomic>
 #include <cmath>

@@ -169,7 +169,10 @@ def attention_backward(
     geometry: Geometry,
     want_inv_freq: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `attention`, recomputed in float64 from the operands (`out` and `lse` are rounded and not read).
+    """Gradients of `attention`: P = exp(S - lse), dS = P (dP - D), D = rowsum(dO O) - dlse.
+
+    `out` and `lse` may be those of the same queries over more keys than these; the gradients are then what these keys
+    contribute to those of the whole.
 
     Returns:
         dq, dk, dv like query, key, value, and d inv_freq float64[R, P] (zeros unless asked for).
@@ -180,11 +183,11 @@ def attention_backward(
     d_value = torch.zeros_like(problem.value)
     for rows in problem.blocks():
         scores, slope, visible = problem.scores(rows)
-        row_lse = scores.logsumexp(-1)
+        row_lse = lse[:, :, rows].double()
         weights = torch.exp(scores - _finite(row_lse).unsqueeze(-1))
         block_grad = grad_out[:, :, rows].double()
         d_weights = block_grad @ problem.value.mT
-        delta = (weights * d_weights).sum(-1)
+        delta = (block_grad * out[:, :, rows].double()).sum(-1)
         if grad_lse is not None:
             delta = delta - torch.where(row_lse.isinf(), 0.0, grad_lse[:, :, rows].double())
         d_scores = weights * (d_weights - delta.unsqueeze(-1)) * slope * geometry.scale

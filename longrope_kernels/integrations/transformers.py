@@ -43,6 +43,7 @@ def enable(
     *,
     policy: Literal["rerotate", "reprefill"] = "rerotate",
     regime: int | None = None,
+    group: Any = None,
 ) -> None:
     """Route the attention of this model instance through `longrope_kernels.attention`.
 
@@ -58,6 +59,11 @@ def enable(
             its keys rotate by the new regime from then on, though above the first layer they were computed under the
             old one. "reprefill": run all tokens again, as transformers does for Phi-3 alone.
         regime: a length in tokens whose regime every sequence gets, whatever its own: pins the regime of a generation.
+        group: a torch.distributed process group over whose ranks each sequence is spread
+            (`torch.distributed.group.WORLD` for all). Every rank then gives its part of the input,
+            `distributed.shard(input_ids, 1, group)`, without position_ids or padding, and takes its part of the output;
+            labels are shifted before they are cut. Gradients of weights are the rank's part, to be summed. For training
+            and scoring; not for `generate`.
 
     Raises:
         UnsupportedRopeError: a model type, or a kind of rotary embedding, that is not supported; the line names it.
@@ -88,7 +94,7 @@ def enable(
             config._attn_implementation = NAME
             changes.set(module, "config", config)
     changes.set(decoder, "rotary_emb", UnrotatedEmbedding(decoder.rotary_emb))
-    layers = {layer_type: LayerRope(ladder, regime) for layer_type, ladder in ropes.items()}
+    layers = {layer_type: LayerRope(ladder, regime, group) for layer_type, ladder in ropes.items()}
     for attention in _attentions(decoder):
         changes.set(attention, "longrope", layers[_layer_type(attention, layers)])
         forward = _unrotated_forward(type(attention))

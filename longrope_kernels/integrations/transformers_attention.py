@@ -4,7 +4,7 @@ Queries and keys arrive unrotated, and so are cached. What the attention must kn
 sequence lies in the key slots; transformers tells it to the mask interface alone, once per forward and kind of layer.
 So the "mask" made here is no mask but a row of seven integers per sequence (`_COLUMNS`), which travels through the
 model in the mask's place: an int64 tensor, so that static caches, checkpointing and device moves take it along.
-Positions arrive separately, in each layer's `position_ids`; both are combined once per forward into a `_Layout`.
+Positions arrive separately, in each layer's `position_ids`; both are combined once per forward into a `Layout`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class LayerRope:
 
     rope: LongRope
     regime: int | None  # length in tokens whose regime every sequence gets; None: its own length
+    group: Any = None  # ranks that each hold a part of every sequence; None: this process holds all
 
     @property
     def has_start_tokens(self) -> bool:
@@ -164,7 +165,7 @@ def _same(function: object, expected: object) -> bool:
 
 
 @dataclass
-class _Layout:
+class Layout:
     """Arguments of the fused attention that all layers of a kind share in one forward; int64[batch] each."""
 
     key_start: Tensor
@@ -230,6 +231,11 @@ def attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
     layout = _layout(attention_mask, position_ids, query.shape[2], key.shape[2], sliding_window, layer.has_start_tokens)
+    if layer.group is not None:
+        from .transformers_ranks import attend_over_ranks
+
+        out = attend_over_ranks(layer, layout, query, key, value, scale=scaling, window=sliding_window, softcap=softcap)
+        return out.transpose(1, 2), None
     out = attention(
         query,
         key,
@@ -255,7 +261,7 @@ def _layout(
     key_tokens: int,
     window: int | None,
     has_start_tokens: bool,
-) -> _Layout:
+) -> Layout:
     """Return the layout of a forward, made once and kept on the mask, which every layer of a kind is handed."""
     if mask is None or mask.dtype != torch.int64 or mask.shape[1:] != (1, 1, len(_COLUMNS)):
         what = "None" if mask is None else f"a {mask.dtype} mask of shape {tuple(mask.shape)}"
@@ -276,14 +282,14 @@ def _make_layout(
     key_tokens: int,
     window: int | None,
     has_start_tokens: bool,
-) -> _Layout:
+) -> Layout:
     columns = mask[:, 0, 0]
     first, end, query_offset, key_offset = columns[:, :4].unbind(1)
     index = (query_offset - first).unsqueeze(1) + torch.arange(query_tokens, device=mask.device)
     slot_index = (key_offset - first).unsqueeze(1) + torch.arange(key_tokens, device=mask.device)
     key_start = (first - key_offset).clamp(0, key_tokens)
     key_length = ((end - key_offset).clamp(max=key_tokens) - key_start).clamp(min=0)
-    layout = _Layout(key_start, key_length, query_offset - torch.maximum(first, key_offset), end - first, None, None)
+    layout = Layout(key_start, key_length, query_offset - torch.maximum(first, key_offset), end - first, None, None)
 
     positions = index if position_ids is None else position_ids.to(torch.int64).expand(index.shape)
     token = (index >= 0) & (index < (end - first).unsqueeze(1))

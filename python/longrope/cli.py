@@ -132,7 +132,10 @@ def search(
 ) -> None:
     """Search factors; writes factors/winner.json into the run directory."""
     arguments = dict(locals())
-    from .options import open_run
+    from .options import open_run, serves
+
+    if serves(model, threads):
+        return
 
     context, spending = open_run(**arguments, command=typed())
     from .search.stage import run_search
@@ -176,7 +179,10 @@ def extend(
 ) -> None:
     """All of it: inspect, search, evaluate on held-out documents, export, reload check, report."""
     arguments = dict(locals())
-    from .options import open_run
+    from .options import open_run, serves
+
+    if serves(model, threads):
+        return
 
     context, spending = open_run(**arguments, command=typed())
     from .extend import extend as run_extend
@@ -205,8 +211,10 @@ def evaluate(
     """Perplexity by position and length on held-out documents, beside the original, PI, NTK and YaRN; passkey."""
     arguments = {name: value for name, value in locals().items() if name != "factors"}
     from .factors import read
-    from .options import open_run, read_factors
+    from .options import open_run, read_factors, serves
 
+    if serves(model, threads):
+        return
     if factors is not None:
         read(factors)  # before the seconds that loading a model takes
     context, _ = open_run(**arguments, keep_settings=True)
@@ -222,20 +230,34 @@ def evaluate(
 def export(
     model: Model,
     factors: Annotated[Path, typer.Option("--factors", help="A factor file.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    out: Annotated[Path, typer.Option(help="The folder to write, or the GGUF file.")],
+    format: Annotated[str, typer.Option(help="transformers, or gguf for llama.cpp.")] = "transformers",
+    gguf: Annotated[Path | None, typer.Option(help="The model's GGUF file, to take the weights from. [MODEL]")] = None,
     dtype: Dtype = "auto",
     original_length: OriginalLength = None,
 ) -> None:
-    """Write a checkpoint that stock transformers loads, from a model and a factor file."""
+    """Write a checkpoint that stock transformers loads, or a GGUF file, from a model and a factor file."""
     from . import models
-    from .export import export_checkpoint
+    from .export import export_checkpoint, export_gguf
     from .factors import read
     from .progress import say
 
+    if format not in ("transformers", "gguf"):
+        refuse("--format", format, "transformers or gguf")
+    if gguf is not None and format != "gguf":
+        refuse("--gguf", gguf, "--format gguf beside it")
     read(factors)
-    loaded = models.load(model, dtype, original_length)
-    rope, content = read(factors, loaded.base)
-    notes = export_checkpoint(loaded, rope, out, content)
+    if format == "gguf":
+        source = models.find(model)
+        if gguf is None and source.gguf_file is None:
+            refuse("--gguf", "nothing", f"the GGUF file of {model}")
+        config = models.load_config(source)
+        rope, _ = read(factors, models.rope_of(config, original_length).scalings[-1])
+        notes = export_gguf(rope, config, source.file if gguf is None else gguf, out)
+    else:
+        loaded = models.load(model, dtype, original_length)
+        rope, content = read(factors, loaded.base)
+        notes = export_checkpoint(loaded, rope, out, content)
     say(f"wrote {out}")
     for note in notes:
         say(f"note: {note}")

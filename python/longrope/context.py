@@ -16,6 +16,7 @@ from .evaluate.scoring import block_tokens
 from .progress import say, waiting
 from .run import RunDirectory
 from .search.space import PAPER_START_TOKENS
+from .team import Leader, meet, rank
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Context:
     run: RunDirectory
     threads: int | None = None
     passkey_depths: tuple[float, ...] = ()
+    team: Leader | None = None
     _loaded: models.LoadedModel | None = field(default=None, repr=False)
     _split: data.Split | None = field(default=None, repr=False)
 
@@ -94,7 +96,12 @@ class Context:
             say(f"{run.evaluations.path}: the last line was cut short when the run was killed; it is dropped")
         if run.evaluations.records:
             say(f"{run.path}: going on; {len(run.evaluations.records)} evaluations are there and are not repeated")
-        return cls(request, run, threads, passkey_depths)
+        _, ranks = rank()
+        team = None
+        if ranks > 1:
+            job = {name: run.settings[name] for name in ("model_fingerprint", "dtype", "original_length")}
+            team = Leader(meet(), ranks, job, run.evaluations)
+        return cls(request, run, threads, passkey_depths, team)
 
     @property
     def loaded(self) -> models.LoadedModel:
@@ -155,6 +162,8 @@ class Context:
         return self.request.score_from // block * block
 
     def close(self) -> None:
+        if self.team is not None:
+            self.team.close()
         self.run.close()
 
 

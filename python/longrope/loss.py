@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from longrope_kernels.integrations.transformers_layered import is_enabled, layered_forward
+
 CHUNK_BYTES = 128 * 2**20  # of float32 logits held at once
 
 
@@ -15,8 +17,8 @@ CHUNK_BYTES = 128 * 2**20  # of float32 logits held at once
 def token_nll(model: Any, input_ids: Tensor, start: int = 1, chunk_tokens: int | None = None) -> Tensor:
     """Return -log p(token | all tokens before it), in nats, of the tokens from index `start` on.
 
-    The model body runs once; its head and the cross-entropy run over a chunk of positions at a time, and only over
-    positions that are scored.
+    The model body runs once, layer by layer where the model is enabled (`layered_forward`); its head and the
+    cross-entropy run over a chunk of positions at a time, and only over positions that are scored.
 
     Args:
         model: a transformers causal language model.
@@ -27,10 +29,14 @@ def token_nll(model: Any, input_ids: Tensor, start: int = 1, chunk_tokens: int |
     Returns:
         float32[tokens - start].
     """
+    return nll_of(model, last_hidden_state(model, input_ids), input_ids, start, chunk_tokens)
+
+
+@torch.inference_mode()
+def nll_of(model: Any, hidden: Tensor, input_ids: Tensor, start: int = 1, chunk_tokens: int | None = None) -> Tensor:
+    """`token_nll` where the model's last hidden state, [tokens, hidden_size], is known."""
     tokens = input_ids.numel()
     start = max(start, 1)
-    body = getattr(model, model.base_model_prefix)
-    hidden = body(input_ids=input_ids.unsqueeze(0), use_cache=False).last_hidden_state[0]
     if chunk_tokens is None:
         chunk_tokens = max(CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size), 1)
     losses = []
@@ -44,9 +50,16 @@ def token_nll(model: Any, input_ids: Tensor, start: int = 1, chunk_tokens: int |
 @torch.inference_mode()
 def next_tokens(model: Any, input_ids: Tensor, start: int) -> Tensor:
     """Return the likeliest token at each index from `start` on, given all tokens before it; int64[tokens - start]."""
-    body = getattr(model, model.base_model_prefix)
-    hidden = body(input_ids=input_ids.unsqueeze(0), use_cache=False).last_hidden_state[0]
+    hidden = last_hidden_state(model, input_ids)
     return head_logits(model, hidden[start - 1 : -1]).argmax(-1)
+
+
+def last_hidden_state(model: Any, input_ids: Tensor) -> Tensor:
+    """Return [tokens, hidden_size], what the head reads, of int64[tokens]."""
+    if is_enabled(model):
+        return layered_forward(model, input_ids.unsqueeze(0))[0]
+    body = getattr(model, model.base_model_prefix)
+    return body(input_ids=input_ids.unsqueeze(0), use_cache=False).last_hidden_state[0]
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:

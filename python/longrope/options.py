@@ -9,10 +9,12 @@ from typing import Any
 import longrope_kernels as lk
 
 from . import factors as factor_files
-from . import models, presets
+from . import models, presets, team
 from .context import Context, Request
 from .errors import refuse
+from .evaluate.scoring import run_forward
 from .presets import Preset, screen_lengths
+from .progress import console
 from .run import read_run
 from .search.budget import Budget
 from .search.space import PAPER_START_TOKENS
@@ -85,6 +87,18 @@ def open_run(
         command,
     )
     return context, spending
+
+
+def serves(model: str, threads: int | None) -> bool:
+    """Whether this is one of torchrun's ranks above 0; it works for rank 0 until that has no more to do."""
+    if team.rank()[0] == 0:
+        return False
+    console.quiet = True  # rank 0 speaks for all
+    try:
+        team.serve(model, run_forward, threads)
+    finally:
+        console.quiet = False
+    return True
 
 
 def read_factors(context: Context, path: Path | None) -> tuple[lk.LongRope, dict[str, Any]] | None:

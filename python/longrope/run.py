@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,6 +114,7 @@ class EvaluationLog:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
         self.torn = False
+        self._writing = threading.Lock()
         try:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - held as long as the run
         except OSError as error:
@@ -138,6 +140,12 @@ class EvaluationLog:
     def get(self, key: str) -> dict[str, Any] | None:
         """Return what was recorded under `key`, or None."""
         return self.records.get(key)
+
+    def append_once(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """`append`, unless there is a record under `key`, which then stays; return what is there. Any thread may."""
+        with self._writing:
+            known = self.get(key)
+            return self.append(key, record) if known is None else known
 
     def append(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Write and sync one evaluation, and return it as it will be read again.

@@ -53,6 +53,7 @@ def test_the_configuration_says_the_ladder(plain: Path, loaded: LoadedModel) -> 
     assert lk.LongRope.from_config(config) == ladder(loaded)
     assert config.rope_parameters["rope_type"] == "longrope"
     assert config.rope_parameters["attention_factor"] == 1.0
+    assert [config.rope_parameters[f"{regime}_mscale"] for regime in ("short", "long")] == [1.0, 1.0]
     assert config.max_position_embeddings == tiny.TARGET
     assert config.rope_parameters["original_max_position_embeddings"] == tiny.ORIGINAL
 
@@ -72,6 +73,8 @@ def test_the_sidecar_keeps_n_hat_and_both_attention_factors(loaded: LoadedModel,
     assert "the attention factor is 1 up to 128 tokens and 1.1 beyond" in notes[1]
     readme = (tmp_path / "export" / "README.md").read_text()
     assert all(note in readme for note in notes)
+    said = AutoConfig.from_pretrained(tmp_path / "export").rope_parameters
+    assert (said["short_mscale"], said["long_mscale"]) == (1.0, 1.1)  # what vLLM and SGLang read, for both regimes
     sidecar = json.loads((tmp_path / "export" / "longrope.json").read_text())
     assert lk.LongRope.from_dict(sidecar) == rope
     assert lk.LongRope.from_config(AutoConfig.from_pretrained(tmp_path / "export")) == expressible(rope)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from landscape import BEST_START_TOKENS, EXTENSION, Landscape, ramp, seeds, space
 
 from longrope.errors import UsageError
-from longrope.search import Budget, Candidate, EvolutionSettings, Outcome, evolve
+from longrope.search import Budget, Candidate, EvolutionSettings, Outcome, Screen, evolve
 
 SETTINGS = EvolutionSettings(population=32, iterations=30, mutations=12, crossovers=12, parents=12)
 INCREASING = ramp(1.0, 4.6, 13.0, 1.5)
@@ -200,3 +201,24 @@ def test_a_setting_out_of_range_is_refused_by_name(changes: dict[str, float], li
 
 def test_the_seeds_of_the_landscape_are_within_its_space() -> None:
     assert all(max(candidate.factors) <= 1.25 * EXTENSION for candidate in seeds().values())
+
+
+def test_all_that_can_be_scored_at_once_is_announced_before_the_first_of_it_is() -> None:
+    """What lets other ranks begin: of every batch, and of nothing that is not scored."""
+    objective, screening = Landscape(INCREASING), Landscape(INCREASING)
+    screen = Screen(screening, length=64, keep=0.5)
+    announced: dict[int, list[str]] = {id(objective): [], id(screening): []}
+    batches = []
+
+    def announce(score: Callable[[Candidate], float], candidates: Sequence[Candidate]) -> None:
+        landscape = objective if score is objective else screening
+        assert len(landscape.calls) >= len(announced[id(landscape)]), "what was announced before is scored by now"
+        announced[id(landscape)] += [candidate.id for candidate in candidates]
+        batches.append(len(candidates))
+
+    settings = dataclasses.replace(SETTINGS, iterations=3)
+    outcome = evolve(space(), seeds(), objective, settings, [screen], announce=announce)
+    walked = {one.candidate.id for one in outcome.scored if one.origin.startswith("attention factor of ")}
+    assert [one.id for one in objective.calls if one.id not in walked] == announced[id(objective)]
+    assert sorted(one.id for one in screening.calls) == sorted(announced[id(screening)])
+    assert max(batches) >= settings.mutations + settings.crossovers

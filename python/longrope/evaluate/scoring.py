@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..data import Window
 from ..loss import token_nll
 from ..models import LoadedModel
 from ..run import EvaluationLog, digest, now
+from ..team import Forward, Leader
 
 BLOCK_TOKENS = 64
 
@@ -31,6 +33,27 @@ def block_tokens(original_length: int) -> int:
     return math.gcd(BLOCK_TOKENS, bucket_tokens(original_length))
 
 
+def run_forward(loaded: LoadedModel, forward: Forward) -> dict[str, Any]:
+    """Run one forward and return its record, without the fields that name the window and its purpose."""
+    loaded.use(forward.rope)
+    began = time.monotonic()
+    device = next(loaded.model.parameters()).device
+    ids = torch.tensor(forward.window.tokens[: forward.length], device=device)
+    nll = token_nll(loaded.model, ids, forward.start).cpu().numpy()
+    seconds = time.monotonic() - began
+    size = block_tokens(loaded.original_length)
+    return {
+        "length": forward.length,
+        "start": forward.start,
+        "nll": float(nll.astype(np.float64).mean()),
+        "block_tokens": size,
+        "block_nll": [round(value, 6) for value in block_sums(nll, max(forward.start, 1), size)],
+        "nll_sha256": hashlib.sha256(nll.tobytes()).hexdigest(),
+        "seconds": round(seconds, 3),
+        "time": now(),
+    }
+
+
 class Scorer:
     """Scores windows, at most once each: what the log has is not computed again.
 
@@ -40,6 +63,7 @@ class Scorer:
     Args:
         on_new: called with the length and the seconds after each forward.
         on_known: called with the length of each evaluation that the log already had.
+        team: the other ranks, who compute what is announced; None: this process computes all.
     """
 
     def __init__(
@@ -48,10 +72,19 @@ class Scorer:
         log: EvaluationLog,
         on_new: Callable[[int, float], None] = lambda length, seconds: None,
         on_known: Callable[[int], None] = lambda length: None,
+        team: Leader | None = None,
     ) -> None:
-        self.loaded, self.log = loaded, log
+        self.loaded, self.log, self.team = loaded, log, team
         self.block_tokens = block_tokens(loaded.original_length)
         self.on_new, self.on_known = on_new, on_known
+        self._announced: set[str] = set()
+
+    def announce(self, forwards: Iterable[Forward]) -> None:
+        """Say what will be scored next, in this order, so that other ranks can begin with it; nothing without them."""
+        if self.team is not None:
+            new = {key: forward for key, forward in map(_keyed, forwards) if self.log.get(key) is None}
+            self._announced.update(new)
+            self.team.announce(new.items())
 
     def score(
         self, window: Window, rope: lk.LongRope, length: int | None = None, start: int = 0, **about: Any
@@ -63,37 +96,29 @@ class Scorer:
             start: a multiple of `block_tokens`; 0 scores all tokens but the first.
             about: further fields for the log, such as the stage and the candidate.
         """
-        length = len(window.tokens) if length is None else length
-        what = {"window": window.describe(), "rope": rope.to_dict(), "length": length, "start": start}
-        key = digest(what)
+        forward = Forward(window, rope, len(window.tokens) if length is None else length, start, about)
+        key, _ = _keyed(forward)
         known = self.log.get(key)
-        if known is not None:
-            self.on_known(length)
+        if known is not None and key not in self._announced:
+            self.on_known(forward.length)
             return known
-        self.loaded.use(rope)
-        began = time.monotonic()
-        device = next(self.loaded.model.parameters()).device
-        ids = torch.tensor(window.tokens[:length], device=device)
-        nll = token_nll(self.loaded.model, ids, start).cpu().numpy()
-        seconds = time.monotonic() - began
-        sums = block_sums(nll, max(start, 1), self.block_tokens)
-        record = self.log.append(
-            key,
-            {
-                **about,
-                "window": window.name,
-                "length": length,
-                "start": start,
-                "nll": float(nll.astype(np.float64).mean()),
-                "block_tokens": self.block_tokens,
-                "block_nll": [round(value, 6) for value in sums],
-                "nll_sha256": hashlib.sha256(nll.tobytes()).hexdigest(),
-                "seconds": round(seconds, 3),
-                "time": now(),
-            },
-        )
-        self.on_new(length, seconds)
+        if known is None:
+            take = self._run if self.team is None else functools.partial(self.team.take, run=self._run)
+            take(key, forward)
+        self._announced.discard(key)
+        record = self.log.records[key]
+        self.on_new(forward.length, record["seconds"])
         return record
+
+    def _run(self, key: str, forward: Forward) -> None:
+        record = run_forward(self.loaded, forward)
+        self.log.append_once(key, {**forward.about, "window": forward.window.name, **record})
+
+
+def _keyed(forward: Forward) -> tuple[str, Forward]:
+    """Return a forward with its key in the log."""
+    what = {"window": forward.window.describe(), "rope": forward.rope.to_dict()}
+    return digest({**what, "length": forward.length, "start": forward.start}), forward
 
 
 def block_sums(nll: np.ndarray, first: int, block_tokens: int) -> list[float]:

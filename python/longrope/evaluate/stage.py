@@ -15,6 +15,7 @@ from ..context import Context
 from ..progress import console, say, task
 from ..search.budget import forward_cost
 from ..search.seeds import baselines
+from ..team import Forward
 from .bootstrap import paired_difference
 from .passkey import passkey
 from .scoring import Scorer, bucket_tokens, mean_nll
@@ -54,7 +55,13 @@ def run_evaluation(
     short: dict[str, list[dict[str, Any]]] = {method: [] for method in short_methods}
     keys: dict[str, list[dict[str, Any]]] = {}
     with task(what, total) as work:
-        scorer = Scorer(loaded, context.run.evaluations)
+        scorer = Scorer(loaded, context.run.evaluations, team=context.team)
+        scorer.announce(
+            Forward(window, compared[method], length, 0, {"stage": stage, "method": method})
+            for window in windows
+            for chosen, length, stage in ((compared, target, "heldout"), (short_methods, original, "heldout short"))
+            for method in chosen
+        )
         label = ""
         scorer.on_new = lambda length, seconds: work.advance(forward_cost(length), label)
         scorer.on_known = lambda length: work.skip(forward_cost(length), label)

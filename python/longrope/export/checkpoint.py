@@ -44,7 +44,7 @@ def export_checkpoint(
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         with waiting(f"writing {folder}"), quiet_transformers():
-            model.config.rope_parameters = rope.to_config(allow_loss=True)
+            model.config.rope_parameters = {**rope.to_config(allow_loss=True), **mscales(rope)}
             model.config.max_position_embeddings = rope.max_position_embeddings
             model.save_pretrained(part)
             loaded.tokenizer.model_max_length = rope.max_position_embeddings
@@ -68,6 +68,12 @@ def export_checkpoint(
     finally:
         model.config.rope_parameters, model.config.max_position_embeddings = before
     return notes
+
+
+def mscales(rope: lk.LongRope) -> dict[str, float]:
+    """Return the attention factors of both regimes under the names that vLLM and SGLang read."""
+    first, last = rope.scalings[0], rope.scalings[-1]
+    return {"short_mscale": first.attention_factor, "long_mscale": last.attention_factor}
 
 
 def losses(rope: lk.LongRope) -> list[str]:

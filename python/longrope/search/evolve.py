@@ -106,6 +106,7 @@ def evolve(
     screens: Sequence[Screen] = (),
     affords: Callable[[Sequence[int]], bool] = lambda counts: True,
     on_scored: Callable[[Scored], None] = lambda scored: None,
+    announce: Callable[[Callable[[Candidate], float], Sequence[Candidate]], None] = lambda score, candidates: None,
 ) -> Outcome:
     """Search for the candidate with the lowest objective.
 
@@ -115,6 +116,8 @@ def evolve(
         affords: whether so many candidates can still be scored, by each screen in turn and by the objective; decides
             how many children a generation has.
         on_scored: called after each objective score.
+        announce: called with a score and all candidates that it is going to be asked for, one by one, before the first:
+            scores that are computed elsewhere can then be computed at the same time.
 
     Returns:
         All that was scored, the seeds first; the best is never worse than the best seed.
@@ -129,6 +132,7 @@ def evolve(
         outcome.scored.append(scored)
         on_scored(scored)
 
+    announce(objective, list({candidate.id: candidate for candidate in seeds.values()}.values()))
     for name, candidate in seeds.items():
         if candidate.id not in seen:
             seen.add(candidate.id)
@@ -141,6 +145,7 @@ def evolve(
             if generation == 0 and settings.population > len(outcome.scored):
                 for screen in active:  # seeds have both scores: the first test of the screens
                     if affords([len(seeds) * (screen is other) for other in screens] + [0]):
+                        announce(screen.score, [scored.candidate for scored in outcome.scored])
                         for scored in list(outcome.scored):
                             screen(scored.candidate)
             wanted = settings.mutations + settings.crossovers
@@ -156,7 +161,9 @@ def evolve(
                 outcome.stopped = "no new candidates left in the space"
                 return outcome
             outcome.screened += len(children) if active else 0
-            for candidate, origin in _survivors(children, active, settings.controls, random):
+            survivors = _survivors(children, active, settings.controls, random, announce)
+            announce(objective, [candidate for candidate, _ in survivors])
+            for candidate, origin in survivors:
                 score(candidate, origin, generation)
             outcome.generations = generation
             target = {one.candidate.id: one.score for one in outcome.scored}
@@ -249,11 +256,16 @@ def _children(
 
 
 def _survivors(
-    children: Sequence[tuple[Candidate, str]], active: Sequence[Screen], controls: int, random: np.random.Generator
+    children: Sequence[tuple[Candidate, str]],
+    active: Sequence[Screen],
+    controls: int,
+    random: np.random.Generator,
+    announce: Callable[[Callable[[Candidate], float], Sequence[Candidate]], None],
 ) -> list[tuple[Candidate, str]]:
     """Let the screens rank the children; return the best, and controls, in the order in which to score them."""
     left = list(children)
     for screen in active:
+        announce(screen.score, [candidate for candidate, _ in left])
         left.sort(key=lambda child: screen(child[0]))
         left = left[: math.ceil(len(left) * screen.keep)]
     if active and controls:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import longrope_kernels as lk
 
 from .. import factors
 from ..context import Context, Request, versions
@@ -14,6 +16,7 @@ from ..errors import refuse
 from ..evaluate.bootstrap import paired_difference
 from ..evaluate.scoring import Scorer
 from ..progress import Task, clock, say, task
+from ..team import Forward
 from .budget import Budget, forward_cost
 from .evolve import EvolutionSettings, Outcome, Scored, evolve, survivors_counts
 from .screening import Screen, agreement, describe
@@ -31,10 +34,24 @@ class ModelObjective:
     ) -> None:
         self.context, self.scorer, self.budget, self.length, self.windows = context, scorer, budget, length, windows
         self.records: dict[str, list[dict[str, Any]]] = {}
+        self.stage = "search" if length == context.target_length else "screen"
+
+    def announce(self, candidates: Sequence[Candidate]) -> None:
+        """Let other ranks begin with what will be scored next."""
+        score_from = self.context.score_from
+        self.scorer.announce(
+            Forward(window, rope, self.length, score_from, {"stage": self.stage, "candidate": candidate.to_dict()})
+            for candidate, rope in ((candidate, self.ladder(candidate)) for candidate in candidates)
+            for window in self.windows
+        )
+
+    def ladder(self, candidate: Candidate) -> lk.LongRope:
+        """Return the original up to its length and the candidate beyond it."""
+        loaded = self.context.loaded
+        return loaded.extended(candidate.scaling(loaded.base), self.context.target_length)
 
     def __call__(self, candidate: Candidate) -> float:
-        loaded = self.context.loaded
-        rope = loaded.extended(candidate.scaling(loaded.base), self.context.target_length)
+        rope = self.ladder(candidate)
         records = []
         for window in self.windows:
             record = self.scorer.score(
@@ -42,7 +59,7 @@ class ModelObjective:
                 rope,
                 self.length,
                 self.context.score_from,
-                stage="search" if self.length == self.context.target_length else "screen",
+                stage=self.stage,
                 candidate=candidate.to_dict(),
             )
             self.budget.spend(self.length, record["seconds"])
@@ -66,7 +83,7 @@ def run_search(context: Context, budget: Budget) -> dict[str, Any]:
         for name, candidate in baselines(loaded.base, context.original_length, context.extension).items()
     }
     check_budget(context, budget)
-    scorer = Scorer(loaded, context.run.evaluations)
+    scorer = Scorer(loaded, context.run.evaluations, team=context.team)
     objective = ModelObjective(context, scorer, budget, context.target_length, windows)
     screened = windows[: request.screen_documents or len(windows)]
     screens = [
@@ -82,7 +99,7 @@ def run_search(context: Context, budget: Budget) -> dict[str, Any]:
 
     with task("search", 1.0) as work:
         watch = _Watch(work, budget, planned, scorer)
-        outcome = evolve(space, seeds, objective, settings, screens, affords, watch.scored)
+        outcome = evolve(space, seeds, objective, settings, screens, affords, watch.scored, _announce)
     result = summary(context, outcome, objective, screens, budget, settings, space)
     write_winner(context, outcome, result)
     context.run.write_json("search.json", result)
@@ -300,6 +317,11 @@ def say_result(outcome: Outcome, result: dict[str, Any]) -> None:
             f"{found['favourite_rank']} at the target"
             + (f"; dropped after {screen['dropped_after_pairs']}" if screen["dropped_after_pairs"] else "")
         )
+
+
+def _announce(score: Callable[[Candidate], float], candidates: Sequence[Candidate]) -> None:
+    assert isinstance(score, ModelObjective)
+    score.announce(candidates)
 
 
 class _Watch:
