@@ -281,7 +281,7 @@ def bad_pages(**changes):
         ({"length": torch.tensor([129, 0])}, r"length: got 129, expected values in \[0, 128\]"),
         ({"length": torch.tensor([-1, 0])}, r"length: got -1"),
         ({"block_table": torch.zeros(2, 2)}, r"block_table: got torch.float32 \(2, 2\), expected torch.int32"),
-        ({"key": torch.zeros(4, 2, 64, 64, dtype=torch.int8)}, r"value_pages: got torch.float32, expected torch.int8, as"),
+        ({"key": torch.zeros(4, 2, 64, 64, dtype=torch.int8)}, r"value_pages: got torch.float32, expected torch.int8"),
         ({"key_scale": torch.zeros(1)}, r"key_scale: got a tensor beside torch.float32 pages"),
         ({"value": torch.zeros(4, 2, 32, 64)}, r"value_pages: got shape \(4, 2, 32, 64\), expected that of key_pages"),
     ],
