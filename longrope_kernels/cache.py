@@ -123,7 +123,7 @@ class KVCache:
                 self.pages.block_table[b, len(self._owned[b])] = -1
             raise
         self._held = [held + more for held, more in zip(self._held, counts, strict=True)]
-        self.pages.length.copy_(torch.tensor(self._held))
+        self.pages.length.copy_(torch.tensor(self._held, device="cpu"))
 
     def attend(
         self,

@@ -221,7 +221,9 @@ def page_values(pages: Pages, length: Tensor) -> None:
         return
     _within("length", length, 0, pages.block_table.shape[1] * pages.page_tokens)
     used = (length + pages.page_tokens - 1) // pages.page_tokens
-    table = pages.block_table.masked_fill(torch.arange(pages.block_table.shape[1]) >= used.unsqueeze(1), 0)
+    table = pages.block_table.masked_fill(
+        torch.arange(pages.block_table.shape[1], device="cpu") >= used.unsqueeze(1), 0
+    )
     wrong = (table < 0) | (table >= pages.key.shape[0])
     if table.numel() and bool(wrong.any()):
         b, n = (int(i) for i in wrong.nonzero()[0])

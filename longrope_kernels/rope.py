@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,9 @@ class RopeScaling:
         theta: base of the frequencies; give this or `inv_freq`.
         inv_freq: unrescaled frequencies, rotary_dim / 2 values in radians per token, instead of `theta`.
         rescale_factors: LongRoPE's lambda, rotary_dim / 2 positive values; None: all 1. A float64 tensor that
-            requires a gradient receives it through the attention.
+            requires a gradient receives it through the attention. The scaling holds the values the tensor had: after
+            a change in place, as an optimizer makes, its next use is refused (except inside a compiled graph), and
+            `scaling.replace(rescale_factors=tensor)` makes the one to go on with.
         start_tokens: n-hat, in tokens.
         attention_factor: multiplies cos and sin of queries and keys.
         rotary_dim: dimensions that rotate, the first of the head; None: all.
@@ -41,6 +43,7 @@ class RopeScaling:
 
     Raises:
         ValueError: an argument is out of range, not finite or of the wrong length; the line names it.
+        RuntimeError: when used after the tensor of `rescale_factors` was changed in place.
 
     Examples:
         >>> scaling = RopeScaling(head_dim=64, theta=1e5, rescale_factors=[1.0] * 16 + [2.0] * 16)
@@ -85,18 +88,19 @@ class RopeScaling:
         self.attention_factor = float(attention_factor)
         self.interleaved = bool(interleaved)
         self._given_inv_freq = None if inv_freq is None else _positive("inv_freq", inv_freq, pairs)
-        factors = torch.ones(pairs, dtype=torch.float64) if rescale_factors is None else rescale_factors
-        self.rescale_factors: tuple[float, ...] = _positive("rescale_factors", factors, pairs)
+        factors = [1.0] * pairs if rescale_factors is None else rescale_factors
+        self._factors = _positive("rescale_factors", factors, pairs)
         if monotone:
-            check_monotone(self.rescale_factors)
-        self._factor_tensor = factors if isinstance(factors, Tensor) and factors.requires_grad else None
+            check_monotone(self._factors)
+        tensor = factors if isinstance(factors, Tensor) and factors.requires_grad else None
+        self._factor_tensor = None if tensor is None or tensor.is_inference() else tensor
+        self._factor_version = 0 if self._factor_tensor is None else self._factor_tensor._version
 
         exact = turns_of_inv_freq(self._given_inv_freq) if self._given_inv_freq else base_turns(self.theta, rotary_dim)
-        self.turns = torch.tensor(fixed_point(exact, self.rescale_factors), dtype=torch.int64)
-        self.base_turns = torch.tensor(fixed_point(exact, [1.0] * pairs), dtype=torch.int64)
-        self._tables: Tables | None = None
-        base = self._given_inv_freq or [float(turn) * 2 * math.pi for turn in exact]
-        self.base_inv_freq = torch.tensor(base, dtype=torch.float64)
+        self.turns = _host(fixed_point(exact, self._factors), torch.int64)
+        self.base_turns = _host(fixed_point(exact, [1.0] * pairs), torch.int64)
+        self.base_inv_freq = _host(self._given_inv_freq or [float(turn) * 2 * math.pi for turn in exact])
+        self._tables = Tables((self,))
 
     @property
     def pairs(self) -> int:
@@ -104,16 +108,27 @@ class RopeScaling:
         return self.rotary_dim // 2
 
     @property
+    def rescale_factors(self) -> tuple[float, ...]:
+        """LongRoPE's lambda, the values the scaling was made with."""
+        tensor = self._factor_tensor
+        # A traced tensor has no version: a compiled graph is not checked.
+        if tensor is not None and not torch.compiler.is_compiling() and tensor._version != self._factor_version:
+            refuse(
+                "rescale_factors",
+                "a tensor that was changed in place after the scaling was made of it",
+                "a new scaling for its new values: scaling.replace(rescale_factors=tensor)",
+                RuntimeError,
+            )
+        return self._factors
+
+    @property
     def inv_freq(self) -> Tensor:
         """Rescaled frequencies, float64[pairs], in radians per token; differentiable in `rescale_factors`."""
-        if self._factor_tensor is not None:
-            return self.base_inv_freq / self._factor_tensor.to("cpu", torch.float64)
-        return self.base_inv_freq / torch.tensor(self.rescale_factors, dtype=torch.float64)
+        values, tensor = self.rescale_factors, self._factor_tensor
+        return self.base_inv_freq / (_host(values) if tensor is None else tensor.to("cpu", torch.float64))
 
     def rotation(self, regime_index: Tensor) -> Rotation:
         """Bundle this regime for a batch whose `regime_index` (int32[batch]) is all zero."""
-        if self._tables is None:
-            self._tables = Tables((self,))
         return self._tables.rotation(regime_index)
 
     @property
@@ -127,17 +142,23 @@ class RopeScaling:
             "head_dim": self.head_dim,
             "theta": self.theta,
             "inv_freq": self._given_inv_freq,
-            "rescale_factors": self.rescale_factors if self._factor_tensor is None else self._factor_tensor,
             "start_tokens": self.start_tokens,
             "attention_factor": self.attention_factor,
             "rotary_dim": self.rotary_dim,
             "interleaved": self.interleaved,
         }
+        if "rescale_factors" not in changes:
+            values, tensor = self.rescale_factors, self._factor_tensor
+            arguments["rescale_factors"] = values if tensor is None else tensor
         if changes.get("theta") is not None:
             arguments["inv_freq"] = None
         if changes.get("inv_freq") is not None:
             arguments["theta"] = None
         return RopeScaling(**(arguments | changes))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The copy of a tensor counts its changes anew, and so must the scaling.
+        return _restored, (self.to_dict(), self._factor_tensor)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict from which `from_dict` restores an equal instance, bit for bit."""
@@ -228,7 +249,7 @@ class RopeScaling:
 
     def __repr__(self) -> str:
         base = f"theta={self.theta:g}" if self.theta is not None else f"inv_freq=<{self.pairs} values>"
-        low, high = min(self.rescale_factors), max(self.rescale_factors)
+        low, high = min(self._factors), max(self._factors)
         return (
             f"RopeScaling(head_dim={self.head_dim}, {base}, "
             f"rescale_factors=<{self.pairs} values in [{low:g}, {high:g}]>, start_tokens={self.start_tokens}, "
@@ -459,13 +480,14 @@ class Tables:
         self._scalings = scalings
         self._interleaved = scalings[0].interleaved
         self._differentiable = any(scaling._factor_tensor is not None for scaling in scalings)
-        cpu = (
-            torch.stack([scaling.turns for scaling in scalings]),
-            torch.stack([scaling.base_turns for scaling in scalings]),
-            torch.stack([scaling.inv_freq.detach() for scaling in scalings]),
-            torch.tensor([scaling.start_tokens for scaling in scalings], dtype=torch.int64),
-            torch.tensor([scaling.attention_factor for scaling in scalings], dtype=torch.float32),
-        )
+        with torch.inference_mode(False):
+            cpu = (
+                torch.stack([scaling.turns for scaling in scalings]),
+                torch.stack([scaling.base_turns for scaling in scalings]),
+                torch.stack([scaling.inv_freq.detach() for scaling in scalings]),
+                _host([scaling.start_tokens for scaling in scalings], torch.int64),
+                _host([scaling.attention_factor for scaling in scalings], torch.float32),
+            )
         self._by_device = {torch.device("cpu"): cpu}
 
     def rotation(self, regime_index: Tensor) -> Rotation:
@@ -474,13 +496,14 @@ class Tables:
         tables = self._by_device.get(device)
         if tables is None:
             turns, base, inv_freq, start_tokens, factor = self._by_device[torch.device("cpu")]
-            tables = (
-                turns.to(device),
-                base.to(device),
-                inv_freq.to(device),
-                start_tokens.to(device),
-                factor.to(device),
-            )
+            with torch.inference_mode(False):
+                tables = (
+                    turns.to(device),
+                    base.to(device),
+                    inv_freq.to(device),
+                    start_tokens.to(device),
+                    factor.to(device),
+                )
             self._by_device[device] = tables
         turns, base, inv_freq, start_tokens, factor = tables
         if self._differentiable:
@@ -488,8 +511,21 @@ class Tables:
         return Rotation(turns, base, inv_freq, start_tokens, factor, regime_index, self._interleaved)
 
 
+def _restored(fields: dict[str, Any], factors: Tensor | None) -> RopeScaling:
+    scaling = RopeScaling.from_dict(fields)
+    return scaling if factors is None else scaling.replace(rescale_factors=factors)
+
+
+def _host(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return a tensor on the CPU, whatever the default device, that training may save, even if made for inference."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device="cpu")
+
+
 def _positive(name: str, values: Iterable[float] | Tensor, count: int) -> tuple[float, ...]:
     if isinstance(values, Tensor):
+        if values.is_meta:
+            refuse(name, "a meta tensor", f"{count} numbers: a tensor with values, or a list")
         values = values.detach().to("cpu", torch.float64).flatten().tolist()
     try:
         result = tuple(float(value) for value in values)

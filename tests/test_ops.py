@@ -117,3 +117,13 @@ def test_values_are_checked_inside_a_compiled_graph():
     )
     with pytest.raises(ValueError, match="key_length: got 99"):
         compiled(*operands(), torch.tensor([1, 99]))
+
+
+def test_compiles_with_learned_factors():
+    factors = torch.full((16,), 1.5, dtype=torch.float64, requires_grad=True)
+    scaling = SCALING.replace(rescale_factors=factors)
+    compiled = torch.compile(lambda q, k, v: lk.attention(q, k, v, scaling), fullgraph=True, backend="aot_eager")
+    grads = [
+        torch.autograd.grad(f(*operands()).sum(), factors)[0] for f in (compiled, lambda *x: lk.attention(*x, scaling))
+    ]
+    assert torch.equal(*grads)

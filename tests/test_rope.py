@@ -1,5 +1,6 @@
 """What a rotary regime and a ladder of regimes say: frequencies, constructors, selection, and JSON."""
 
+import copy
 import json
 import math
 
@@ -141,3 +142,58 @@ def test_bad_ladders_are_named():
         lk.LongRope(8192, {8192: plain}).select(-1)
     with pytest.raises(ValueError, match="fields: got format 'other'"):
         lk.LongRope.from_dict({"format": "other"})
+
+
+def test_factors_changed_in_place_are_refused_until_a_new_scaling_is_made_of_them():
+    factors = torch.ones(32, dtype=torch.float64, requires_grad=True)
+    scaling = lk.RopeScaling(64, 1e4, factors)
+    ladder = lk.LongRope(8, {8: scaling})
+    x, equal = torch.randn(1, 1, 4, 64), lk.RopeScaling(64, 1e4)
+    assert scaling == equal
+    lk.attention(x, x, x, scaling).sum().backward()
+    torch.optim.SGD([factors], lr=1e-3).step()
+    uses = {
+        "kernels": lambda: lk.attention(x, x, x, scaling),
+        "ladder": lambda: lk.attention(x, x, x, ladder),
+        "inv_freq": lambda: scaling.inv_freq,
+        "equality": lambda: scaling == equal,
+        "hash": lambda: hash(scaling),
+        "to_dict": scaling.to_dict,
+        "replace": lambda: scaling.replace(start_tokens=4),
+    }
+    for use in uses.values():
+        with pytest.raises(RuntimeError, match=r"rescale_factors: got a tensor that was changed in place .*replace\("):
+            use()
+    assert "RopeScaling" in repr(scaling)
+    renewed = copy.deepcopy(scaling.replace(rescale_factors=factors))
+    assert renewed.rescale_factors == tuple(factors.tolist())
+    lk.attention(x, x, x, renewed).sum().backward()
+
+
+def test_the_default_device_does_not_matter():
+    x, lengths = torch.randn(2, 2, 4, 64), torch.tensor([4, 400])
+    kept = lk.LongRope.yarn(64, 1e5, 128, 256)
+    with torch.device("meta"):
+        made = lk.LongRope.yarn(64, 1e5, 128, 256)
+        assert made == kept
+        assert made.scalings[1].replace(start_tokens=3).rotation(lengths.int() * 0).turns.device.type == "cpu"
+        assert made.select_index(lengths).tolist() == [0, 1]
+        leaf = x.requires_grad_()
+        out = lk.attention(leaf, leaf, leaf, made)
+        out.sum().backward()
+        assert lk.apply_rope(x, x, made)[0].device == x.device
+        cache = lk.KVCache(2, 2, 64, 8, torch.float32, page_tokens=4)
+        cache.append(x.detach(), x.detach())
+        assert torch.equal(cache.attend(x.detach(), made), out)
+        with pytest.raises(ValueError, match="rescale_factors: got a meta tensor, expected 32 numbers"):
+            lk.RopeScaling(64, 1e4, torch.ones(32))
+
+
+def test_a_scaling_made_for_inference_serves_training():
+    x = torch.randn(1, 2, 4, 64, requires_grad=True)
+    with torch.inference_mode():
+        scaling = lk.RopeScaling.pi(64, 1e4, 2.0)
+        ladder = lk.LongRope(4, {4: scaling})
+        lk.attention(x, x, x, scaling)
+    for rope in (scaling, ladder):
+        lk.attention(x, x, x, rope).sum().backward()
