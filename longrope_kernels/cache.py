@@ -11,9 +11,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from . import checks, ops_packed
 from .bundles import KEY_GROUP, Pages
 from .errors import refuse
-from .functional import attention_paged, cache_append
+from .functional import append_counts, attention_paged, page_fields
 from .rope import LongRope, RopeScaling
 
 
@@ -52,10 +53,10 @@ class KVCache:
         pages: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        sizes = {"batch": batch, "key_heads": key_heads, "head_dim": head_dim, "max_tokens": max_tokens}
-        for name, size in sizes.items():
-            if size < 1:
-                refuse(name, size, "an int >= 1")
+        checks.integer("batch", batch, 1)
+        checks.integer("key_heads", key_heads, 1)
+        checks.integer("head_dim", head_dim, 1, checks.MAX_HEAD_DIM)
+        checks.integer("max_tokens", max_tokens, 1)
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             refuse("dtype", dtype, "float32, float16 or bfloat16 (int8 with quantised=True)", TypeError)
         self.paged = page_tokens is not None
@@ -63,12 +64,11 @@ class KVCache:
             page_tokens = max_tokens if not quantised else -(-max_tokens // KEY_GROUP) * KEY_GROUP
             if pages is not None:
                 refuse("pages", pages, "None without page_tokens")
-        if page_tokens < 1 or (quantised and page_tokens % KEY_GROUP):
-            refuse("page_tokens", page_tokens, f"a multiple of {KEY_GROUP}" if quantised else "an int >= 1")
+        checks.integer("page_tokens", page_tokens, 1)
+        if quantised and page_tokens % KEY_GROUP:
+            refuse("page_tokens", page_tokens, f"a multiple of {KEY_GROUP}")
         per_sequence = -(-max_tokens // page_tokens)
-        pages = batch * per_sequence if pages is None else pages
-        if pages < 1:
-            refuse("pages", pages, "an int >= 1")
+        pages = batch * per_sequence if pages is None else checks.integer("pages", pages, 1)
         shape = (pages, key_heads, page_tokens, head_dim)
         storage = torch.int8 if quantised else dtype
         table = torch.full((batch, per_sequence), -1, dtype=torch.int32, device=device)
@@ -110,13 +110,14 @@ class KVCache:
         Raises:
             ValueError: more than `max_tokens`, or no page left; one line, and the cache is as before.
         """
-        counts = [key.shape[2]] * len(self._held) if count is None else [int(n) for n in count]
-        for b, (held, more) in enumerate(zip(self._held, counts, strict=False)):
+        each = append_counts(key, value, self.pages, count)
+        counts = [key.shape[2]] * len(self._held) if count is None else count.tolist()
+        for b, (held, more) in enumerate(zip(self._held, counts, strict=True)):
             if held + more > self.max_tokens:
                 refuse("key", f"{more} tokens for sequence {b}, which has {held}", f"at most {self.max_tokens} in all")
         taken = self._reserve(counts) if self.paged else []
         try:
-            cache_append(key, value, self.pages, count, backend)
+            ops_packed.cache_append(key, value, *page_fields(self.pages), each, checks.backend(backend))
         except Exception:
             for b in reversed(taken):  # the pages taken for this call go back
                 self.free.append(self._owned[b].pop())
@@ -165,11 +166,10 @@ class KVCache:
             ValueError: more than it has; or, of a quantised cache, fewer than its last whole 64: what was rounded to
                 int8 has no full-precision tail to go back to (0 empties it all the same).
         """
-        if not 0 <= sequence < len(self._held):
-            refuse("sequence", sequence, f"an int in [0, {len(self._held) - 1}]")
+        checks.integer("sequence", sequence, 0, len(self._held) - 1)
         held = self._held[sequence]
         least = held // KEY_GROUP * KEY_GROUP if self.pages.key_tail is not None else 0
-        if tokens != 0 and not least <= tokens <= held:
+        if not checks.is_int(tokens) or (tokens != 0 and not least <= tokens <= held):
             refuse("tokens", tokens, f"0, or from {least} to the {held} tokens of sequence {sequence}")
         self._held[sequence] = tokens
         self.pages.length[sequence] = tokens
@@ -188,7 +188,7 @@ class KVCache:
         page_tokens = self.pages.page_tokens
         needs = [
             b
-            for b, (held, more, owned) in enumerate(zip(self._held, counts, self._owned, strict=False))
+            for b, (held, more, owned) in enumerate(zip(self._held, counts, self._owned, strict=True))
             for _ in range(-(-(held + more) // page_tokens) - len(owned))
         ]
         if len(needs) > len(self.free):

@@ -7,23 +7,66 @@ they are at hand without a synchronisation, so that a compiled graph is checked 
 from __future__ import annotations
 
 import math
-from typing import NoReturn
+import numbers
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .bundles import KEY_GROUP, Geometry, Pages, Rotation
-from .errors import refuse
+from .errors import brief, refuse
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_DIM = 256
-MAX_POSITION = 2**31
+MAX_POSITION = 2**31  # exclusive; the fixed-point angle is accurate to 2^-31 turn below it
+_NORMAL = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+
+
+def is_int(value: object) -> bool:
+    """Tell whether a value is an integer of any library; a bool is none."""
+    return isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    """Tell whether a value is a finite real number of any library; a bool is none."""
+    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    """Return an integer in [least, most]."""
+    if not is_int(value) or value < least or (most is not None and value > most):  # type: ignore[operator]
+        refuse(name, brief(value), f"an int >= {least}" if most is None else f"an int in [{least}, {most}]")
+    return int(value)  # type: ignore[call-overload]
+
+
+def flag(name: str, value: object) -> bool:
+    """Return a bool."""
+    if not isinstance(value, bool):
+        refuse(name, brief(value), "True or False", TypeError)
+    return value
+
+
+def backend(name: str | None) -> str:
+    """Return what the ops take for a backend: its name, or "" for None."""
+    if name is not None and not isinstance(name, str):
+        refuse("backend", brief(name), "a name or None", TypeError)
+    return name or ""
+
+
+def no_tangents(**operands: object) -> None:
+    """Refuse tensors with a forward-mode tangent, which the ops would drop: reverse mode alone is implemented."""
+    if forward_ad._current_level < 0:  # no level is open, and so there are none
+        return
+    for name, x in operands.items():
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            refuse(name, "a tensor with a forward-mode tangent", "none: only reverse mode is implemented", TypeError)
 
 
 def operand(name: str, x: object, like: Tensor | None = None, layout: str = "[batch, heads, tokens, head_dim]") -> None:
     """Check one of query, key, value: a tensor of `layout`, matching `like` (the query) where that is given."""
     if not isinstance(x, Tensor):
         refuse(name, type(x).__name__, "a tensor", TypeError)
+    dense(name, x)
     if x.dim() != layout.count(",") + 1:
         refuse(name, f"shape {tuple(x.shape)}", layout)
     if x.dtype not in DTYPES:
@@ -38,6 +81,12 @@ def operand(name: str, x: object, like: Tensor | None = None, layout: str = "[ba
         refuse(name, f"batch {x.shape[0]}", f"that of query, {like.shape[0]}")
     if x.shape[-1] != like.shape[-1]:
         refuse(name, f"head_dim {x.shape[-1]}", f"that of query, {like.shape[-1]}")
+
+
+def dense(name: str, x: Tensor) -> None:
+    """Check that a tensor is neither sparse nor nested."""
+    if x.layout is not torch.strided or x.is_nested:
+        refuse(name, "a nested tensor" if x.is_nested else x.layout, "a dense tensor", TypeError)
 
 
 def unit_last_stride(name: str, x: Tensor) -> None:
@@ -62,28 +111,24 @@ def heads(query: Tensor, key: Tensor) -> None:
 
 def window(value: int | tuple[int, int] | None) -> tuple[int, int]:
     """Return (left, right), -1 for unbounded, of a window argument."""
-    expected = "a positive int, a pair (left, right) of ints >= -1, or None"
     if value is None:
         return -1, -1
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value - 1, 0) if value >= 1 else _bad_window(value, expected)
+    sides = (value - 1, 0) if is_int(value) and value >= 1 else value  # type: ignore[operator]
     if (
-        not isinstance(value, (tuple, list))
-        or len(value) != 2
-        or not all(isinstance(side, int) and not isinstance(side, bool) and side >= -1 for side in value)
+        not isinstance(sides, (tuple, list))
+        or len(sides) != 2
+        or not all(is_int(side) and side >= -1 for side in sides)
     ):
-        _bad_window(value, expected)
-    return value[0], value[1]
-
-
-def _bad_window(value: object, expected: str) -> NoReturn:
-    refuse("window", value, expected)
+        refuse("window", brief(value), "a positive int, a pair (left, right) of ints >= -1, or None")
+    # No two indices are further apart than MAX_POSITION, and kernels add a side to an index.
+    left, right = (-1 if side >= MAX_POSITION else int(side) for side in sides)
+    return left, right
 
 
 def positive_or_none(name: str, value: float | None) -> None:
-    """Check an optional scale or softcap."""
-    if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        refuse(name, value, "a finite number > 0 or None")
+    """Check an optional scale or softcap, which kernels hold in float32."""
+    if value is not None and not (is_real(value) and _NORMAL[0] <= value <= _NORMAL[1]):
+        refuse(name, brief(value), f"a number in [{_NORMAL[0]:.3g}, {_NORMAL[1]:.3g}], float32's normal ones, or None")
 
 
 def positions(name: str, value: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor | None:
@@ -113,6 +158,7 @@ def per_sequence(
 def _integers(name: str, value: object, device: torch.device) -> None:
     if not isinstance(value, Tensor):
         refuse(name, type(value).__name__, "an integer tensor or None", TypeError)
+    dense(name, value)
     if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
         refuse(name, value.dtype, "an integer tensor", TypeError)
     if value.device != device:
@@ -147,7 +193,7 @@ def geometry_values(geometry: Geometry, batch: int, query_tokens: int, key_token
                     f"at most the {key_tokens} key slots",
                 )
     if geometry.query_start is not None:
-        _within("query_start", geometry.query_start, -MAX_POSITION, MAX_POSITION - 1)
+        _within("query_start", geometry.query_start, -MAX_POSITION, MAX_POSITION - query_tokens)
 
 
 def bounds(name: str, value: Tensor, device: torch.device) -> Tensor:

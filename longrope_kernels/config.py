@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import UnsupportedRopeError, refuse
+from .checks import integer, is_real
+from .errors import UnsupportedRopeError, brief, refuse
 
 if TYPE_CHECKING:
     from .rope import LongRope, RopeScaling
@@ -26,6 +27,12 @@ def yarn_factors(
     truncate: bool,
 ) -> list[float]:
     """Rescale factors of YaRN: 1 before the ramp, `factor` after it, frequencies blended linearly on it."""
+    integer("original_max_position_embeddings", original_max_position_embeddings, 1)
+    for name, value, least in (("theta", theta, 1), ("beta_slow", beta_slow, 0), ("beta_fast", beta_fast, 0)):
+        if not (is_real(value) and value > least):
+            refuse(name, value, f"a finite number > {least}")
+    if beta_fast < beta_slow:
+        refuse("beta_fast", beta_fast, f"a number >= beta_slow ({beta_slow})")
 
     def pair_of(periods: float) -> float:
         return rotary_dim * math.log(original_max_position_embeddings / (periods * 2 * math.pi)) / (2 * math.log(theta))
@@ -58,7 +65,9 @@ def long_rope_from_config(
     ladder: type[LongRope], scaling_type: type[RopeScaling], config: Any, layer_type: str | None
 ) -> LongRope:
     """Implement `LongRope.from_config`; the two types are passed in so that this module imports neither."""
-    fields = config if isinstance(config, Mapping) else config.to_dict()
+    fields = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(fields, Mapping):
+        refuse("config", brief(config), "a transformers configuration or its dict", TypeError)
     model_type = fields.get("model_type", "model")
     parameters = _rope_parameters(fields, model_type, layer_type)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -74,7 +83,10 @@ def long_rope_from_config(
     longest = fields.get("max_position_embeddings")
     if not isinstance(longest, int) or longest < 1:
         refuse("max_position_embeddings", longest, f"an int >= 1 in the {model_type} config")
-    head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+    head_dim = fields.get("head_dim")
+    if not head_dim:
+        hidden, heads = (integer(name, fields.get(name), 1) for name in ("hidden_size", "num_attention_heads"))
+        head_dim = hidden // heads
     partial = parameters.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1.0
     theta = float(parameters["rope_theta"])
     plain = scaling_type(

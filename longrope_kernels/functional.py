@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Literal, overload
 
 import torch
@@ -62,6 +61,7 @@ def apply_rope(
         if scaling is not None or positions is not None:
             refuse("cos", "tables beside a scaling or positions", "either cos and sin, or scaling and positions")
         return _apply_tables(query, key, cos, sin, interleaved)
+    checks.no_tangents(query=query, key=key)
     if not isinstance(scaling, (RopeScaling, LongRope)):
         refuse("scaling", type(scaling).__name__, "a RopeScaling, a LongRope, or cos and sin tables", TypeError)
     batch, _, query_tokens, _ = query.shape
@@ -84,7 +84,7 @@ def apply_rope(
         regime_index = scaling.select_index(torch.maximum(_span(query_at), _span(key_at)))
     rotation = _rotation(scaling, regime_index, query)
     rotated, rotated_key = ops.apply_rope(
-        query, key, *_tables(rotation), query_at, key_at, rotation.interleaved, False, backend or ""
+        query, key, *_tables(rotation), query_at, key_at, rotation.interleaved, False, checks.backend(backend)
     )
     return rotated, rotated_key if key.shape[1] else None
 
@@ -159,19 +159,21 @@ def attention(
             rotation.
         is_causal: a query sees the keys up to its own index. Alignment is bottom-right: without `query_start` the last
             query is the last key.
-        scale: of the scores; None: head_dim ** -0.5.
+        scale: of the scores, a normal float32 number > 0; None: head_dim ** -0.5.
         window: W: the query itself and the W - 1 keys before it; (left, right): that many keys on each side, -1 all.
-        softcap: scores become softcap * tanh(score / softcap).
+        softcap: scores become softcap * tanh(score / softcap); a normal float32 number > 0.
         query_positions, key_positions: rotation positions, integers in [0, 2**31), [tokens] or [batch, tokens].
         key_start, key_length, query_start: int[batch]: first slot and number of keys of each sequence, and the index
-            of its first query. None: 0, the slots that are left, and key_length - query_tokens.
+            of its first query (below 0 for rows of padding in front). None: 0, the slots that are left, and
+            key_length - query_tokens.
         regime_index: int[batch], the regime of each sequence, instead of its length's. Only with a LongRope.
         return_lse: return the log-sum-exp of the scores too.
         backend: "cpu", "reference", or None for the fastest that can.
 
     Returns:
         out, like query; with `return_lse` also lse, float32[batch, query_heads, query_tokens], natural logarithm.
-        A query that sees no key gives out 0 and lse -inf. Differentiable, lse and rescale factors included.
+        A query that sees no key gives out 0 and lse -inf. Differentiable in reverse mode, lse and rescale factors
+        included.
 
     Raises:
         ValueError, TypeError: one line that names the argument, its value and what was expected.
@@ -202,7 +204,7 @@ def attention(
         regime_index,
     )
     out, lse = ops.attention(
-        query, key, value, *_tables(rotation), *_fields(geometry), rotation.interleaved, backend or ""
+        query, key, value, *_tables(rotation), *_fields(geometry), rotation.interleaved, checks.backend(backend)
     )
     return (out, lse) if return_lse else out
 
@@ -258,6 +260,7 @@ def attention_varlen(
     checks.operand("query", query, layout=layout)
     checks.operand("key", key, query, layout)
     checks.operand("value", value, query, layout)
+    checks.no_tangents(query=query, key=key, value=value)
     checks.heads(query, key)
     if value.shape != key.shape:
         refuse("value", f"shape {tuple(value.shape)}", f"that of key, {tuple(key.shape)}")
@@ -285,7 +288,7 @@ def attention_varlen(
         key_at,
         *_scores(query, is_causal, scale, window, softcap),
         rotation.interleaved,
-        backend or "",
+        checks.backend(backend),
     )
     return (out, lse) if return_lse else out
 
@@ -326,6 +329,7 @@ def attention_paged(
         ValueError, TypeError: one line that names the argument, its value and what was expected; no memory is touched.
     """
     checks.operand("query", query)
+    checks.no_tangents(query=query)
     checks.pages(pages)
     batch = query.shape[0]
     if pages.block_table.shape[0] != batch:
@@ -347,13 +351,13 @@ def attention_paged(
     rotation = _rotation(scaling, regime_index, query)
     out, lse = ops_packed.attention_paged(
         query,
-        *_page_fields(pages),
+        *page_fields(pages),
         *_tables(rotation),
         query_at,
         start,
         *_scores(query, is_causal, scale, window, softcap),
         rotation.interleaved,
-        backend or "",
+        checks.backend(backend),
     )
     return (out, lse) if return_lse else out
 
@@ -372,8 +376,15 @@ def cache_append(
     Raises:
         ValueError, TypeError: one line; nothing is written.
     """
+    counts = append_counts(key, value, pages, count)
+    ops_packed.cache_append(key, value, *page_fields(pages), counts, checks.backend(backend))
+
+
+def append_counts(key: Tensor, value: Tensor, pages: Pages, count: Tensor | None = None) -> Tensor:
+    """Check the arguments of `cache_append` and return how many tokens of each sequence it takes, int64[batch]."""
     checks.operand("key", key)
     checks.operand("value", value, key)
+    checks.no_tangents(key=key, value=value)
     checks.pages(pages)
     if value.shape != key.shape:
         refuse("value", f"shape {tuple(value.shape)}", f"that of key, {tuple(key.shape)}")
@@ -387,9 +398,7 @@ def cache_append(
     kept = pages.key if pages.key_tail is None else pages.key_tail
     checks.same_kind("key", key, kept, "the cache")
     counts = checks.per_sequence("count", count, batch, key.device)
-    if counts is None:
-        counts = torch.full((batch,), tokens, device=key.device)
-    ops_packed.cache_append(key, value, *_page_fields(pages), counts, backend or "")
+    return torch.full((batch,), tokens, device=key.device) if counts is None else counts
 
 
 def bundle(
@@ -412,6 +421,7 @@ def bundle(
     checks.operand("query", query)
     checks.operand("key", key, query)
     checks.operand("value", value, query)
+    checks.no_tangents(query=query, key=key, value=value)
     checks.heads(query, key)
     for dim, what in ((1, "heads"), (2, "tokens")):
         if value.shape[dim] != key.shape[dim]:
@@ -464,7 +474,7 @@ def _scores(
     checks.positive_or_none("softcap", softcap)
     left, right = checks.window(window)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return factor, bool(is_causal), left, right, 0.0 if softcap is None else float(softcap)
+    return factor, checks.flag("is_causal", is_causal), left, right, 0.0 if softcap is None else float(softcap)
 
 
 def _rotation(
@@ -498,10 +508,22 @@ def _tables(rotation: Rotation) -> tuple[Tensor, ...]:
 
 
 def _fields(geometry: Geometry) -> tuple[Any, ...]:
-    return tuple(getattr(geometry, field.name) for field in dataclasses.fields(geometry))
+    return (
+        geometry.query_positions,
+        geometry.key_positions,
+        geometry.query_start,
+        geometry.key_start,
+        geometry.key_length,
+        geometry.scale,
+        geometry.is_causal,
+        geometry.window_left,
+        geometry.window_right,
+        geometry.softcap,
+    )
 
 
-def _page_fields(pages: Pages) -> tuple[Any, ...]:
+def page_fields(pages: Pages) -> tuple[Any, ...]:
+    """Return a cache as the ops take it."""
     scales = (pages.key_scale, pages.value_scale, pages.key_tail)
     return pages.key, pages.value, pages.block_table, pages.length, *scales
 
@@ -526,7 +548,11 @@ def _apply_tables(
 ) -> tuple[Tensor, Tensor | None]:
     if cos is None or sin is None:
         refuse("sin" if sin is None else "cos", None, "both tables, cos and sin")
-    tokens, pairs = query.shape[2], cos.shape[-1]
+    for name, table in (("cos", cos), ("sin", sin)):
+        if not isinstance(table, Tensor):
+            refuse(name, type(table).__name__, "a tensor", TypeError)
+        checks.dense(name, table)
+    tokens, pairs = query.shape[2], cos.shape[-1] if cos.dim() else 0
     shapes = ((tokens, pairs), (query.shape[0], tokens, pairs))
     for name, table in (("cos", cos), ("sin", sin)):
         if tuple(table.shape) not in shapes or not 0 < 2 * pairs <= query.shape[-1]:

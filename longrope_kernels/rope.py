@@ -13,10 +13,9 @@ from torch import Tensor
 
 from . import config as _config
 from .bundles import Rotation
-from .errors import refuse
+from .checks import MAX_POSITION, integer, is_int, is_real, no_tangents
+from .errors import brief, refuse
 from .turns import base_turns, fixed_point, turns_of_inv_freq
-
-MAX_POSITION = 2**31  # exclusive; the fixed-point angle is accurate to 2^-31 turn below it
 
 
 class RopeScaling:
@@ -66,25 +65,23 @@ class RopeScaling:
         inv_freq: Iterable[float] | Tensor | None = None,
         monotone: bool = False,
     ) -> None:
-        if not _is_int(head_dim) or head_dim < 2:
-            refuse("head_dim", head_dim, "an int >= 2")
+        head_dim = integer("head_dim", head_dim, 2)
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
-        if not _is_int(rotary_dim) or not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
+        if not is_int(rotary_dim) or not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
             refuse("rotary_dim", rotary_dim, f"an even int between 2 and head_dim ({head_dim})")
         if (theta is None) == (inv_freq is None):
-            refuse("theta", theta, f"either theta or inv_freq, not both and not neither (inv_freq={_brief(inv_freq)})")
+            refuse("theta", theta, f"either theta or inv_freq, not both and not neither (inv_freq={brief(inv_freq)})")
         pairs = rotary_dim // 2
-        if theta is not None and not (_is_real(theta) and math.isfinite(theta) and theta > 1):
+        if theta is not None and not (is_real(theta) and theta > 1):
             refuse("theta", theta, "a finite number > 1")
-        if not _is_int(start_tokens) or not 0 <= start_tokens < MAX_POSITION:
-            refuse("start_tokens", start_tokens, "an int in [0, 2**31)")
-        if not (_is_real(attention_factor) and math.isfinite(attention_factor) and attention_factor > 0):
+        start_tokens = integer("start_tokens", start_tokens, 0, MAX_POSITION - 1)
+        if not (is_real(attention_factor) and attention_factor > 0):
             refuse("attention_factor", attention_factor, "a finite number > 0")
 
-        self.head_dim = int(head_dim)
+        self.head_dim = head_dim
         self.rotary_dim = int(rotary_dim)
         self.theta = None if theta is None else float(theta)
-        self.start_tokens = int(start_tokens)
+        self.start_tokens = start_tokens
         self.attention_factor = float(attention_factor)
         self.interleaved = bool(interleaved)
         self._given_inv_freq = None if inv_freq is None else _positive("inv_freq", inv_freq, pairs)
@@ -176,6 +173,7 @@ class RopeScaling:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> RopeScaling:
         """Restore an instance written by `to_dict`."""
+        _fields_of(fields)
         known = {*cls._FIELDS}
         if unknown := sorted(set(fields) - known):
             refuse("fields", unknown, f"only {sorted(known)}")
@@ -277,16 +275,15 @@ class LongRope:
     """
 
     def __init__(self, original_max_position_embeddings: int, regimes: Mapping[int, RopeScaling]) -> None:
-        if not _is_int(original_max_position_embeddings) or original_max_position_embeddings < 1:
-            refuse("original_max_position_embeddings", original_max_position_embeddings, "an int >= 1")
-        if not regimes:
-            refuse("regimes", dict(regimes), "at least one length with its RopeScaling")
+        original = integer("original_max_position_embeddings", original_max_position_embeddings, 1)
+        if not isinstance(regimes, Mapping) or not regimes:
+            refuse("regimes", brief(regimes), "a dict of at least one length with its RopeScaling")
         for length, scaling in regimes.items():
-            if not _is_int(length) or length < 1:
+            if not is_int(length) or length < 1:
                 refuse("regimes", f"length {length!r}", "lengths that are ints >= 1")
             if not isinstance(scaling, RopeScaling):
                 refuse("regimes", f"{type(scaling).__name__} at {length}", "a RopeScaling for every length", TypeError)
-        self.original_max_position_embeddings = int(original_max_position_embeddings)
+        self.original_max_position_embeddings = original
         self.regimes: dict[int, RopeScaling] = {int(length): regimes[length] for length in sorted(regimes)}
         first, *rest = self.regimes.values()
         for scaling in rest:
@@ -324,9 +321,7 @@ class LongRope:
 
     def select(self, length: int) -> RopeScaling:
         """Return the regime of a sequence of `length` tokens: the first whose length is not exceeded."""
-        if not _is_int(length) or length < 0:
-            refuse("length", length, "an int >= 0")
-        return self.scalings[min(bisect.bisect_left(self.lengths, length), len(self.regimes) - 1)]
+        return self.scalings[min(bisect.bisect_left(self.lengths, integer("length", length, 0)), len(self.regimes) - 1)]
 
     def select_index(self, lengths: Tensor) -> Tensor:
         """Return the regime of each sequence, int32 like `lengths`, computed on its device without a host copy."""
@@ -354,13 +349,17 @@ class LongRope:
         Raises:
             ValueError: another format, or a field missing.
         """
+        _fields_of(fields)
         if fields.get("format") != "longrope-kernels/1":
             refuse("fields", f"format {fields.get('format')!r}", "format 'longrope-kernels/1'")
         for name in ("original_max_position_embeddings", "regimes"):
             if name not in fields:
                 refuse("fields", sorted(fields), f"a dict with {name}")
+        if not isinstance(fields["regimes"], Sequence):
+            refuse("regimes", brief(fields["regimes"]), "a list of dicts, one for each regime", TypeError)
         regimes = {}
         for regime in fields["regimes"]:
+            _fields_of(regime, "regimes")
             regime = dict(regime)
             if "max_length" not in regime:
                 refuse("regimes", sorted(regime), "max_length in every regime")
@@ -524,13 +523,14 @@ def _host(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor
 
 def _positive(name: str, values: Iterable[float] | Tensor, count: int) -> tuple[float, ...]:
     if isinstance(values, Tensor):
+        no_tangents(**{name: values})
         if values.is_meta:
             refuse(name, "a meta tensor", f"{count} numbers: a tensor with values, or a list")
         values = values.detach().to("cpu", torch.float64).flatten().tolist()
     try:
         result = tuple(float(value) for value in values)
     except (TypeError, ValueError):
-        refuse(name, _brief(values), f"{count} numbers", TypeError)
+        refuse(name, brief(values), f"{count} numbers", TypeError)
     if len(result) != count:
         refuse(name, f"{len(result)} values", f"{count} (rotary_dim / 2)")
     for pair, value in enumerate(result):
@@ -539,28 +539,19 @@ def _positive(name: str, values: Iterable[float] | Tensor, count: int) -> tuple[
     return result
 
 
+def _fields_of(fields: object, name: str = "fields") -> None:
+    if not isinstance(fields, Mapping):
+        refuse(name, brief(fields), "a dict, as to_dict writes it", TypeError)
+
+
 def _scale_factor(factor: float) -> float:
-    if not (_is_real(factor) and math.isfinite(factor) and factor >= 1):
+    if not (is_real(factor) and factor >= 1):
         refuse("factor", factor, "a finite number >= 1")
     return float(factor)
 
 
 def _length_ratio(original: int, longest: int) -> float:
-    if not _is_int(original) or original < 1:
-        refuse("original_max_position_embeddings", original, "an int >= 1")
-    if not _is_int(longest) or longest <= original:
+    integer("original_max_position_embeddings", original, 1)
+    if not is_int(longest) or longest <= original:
         refuse("max_position_embeddings", longest, f"an int above the original length {original}")
     return longest / original
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -334,8 +334,24 @@ def test_a_pool_without_pages_refuses_and_keeps_those_it_has():
         ({"pages": 4}, "pages: got 4, expected None without page_tokens"),
         ({"dtype": torch.int8}, r"dtype: got torch.int8, expected .*quantised=True"),
         ({"max_tokens": 0}, "max_tokens: got 0, expected an int >= 1"),
+        ({"max_tokens": "a"}, "max_tokens: got 'a', expected an int >= 1"),
+        ({"batch": 1.5}, "batch: got 1.5, expected an int >= 1"),
+        ({"head_dim": 300}, r"head_dim: got 300, expected an int in \[1, 256\]"),
+        ({"page_tokens": 64.0}, "page_tokens: got 64.0, expected an int >= 1"),
     ],
 )
 def test_a_cache_that_cannot_be_is_refused(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         lk.KVCache(**({"batch": 1, "key_heads": 2, "head_dim": 64, "max_tokens": 128} | options))
+
+
+def test_bad_arguments_of_a_cache_are_named():
+    cache = lk.KVCache(2, 2, 64, 256, torch.float32, page_tokens=64, pages=1)
+    key, value = tokens(300)
+    with pytest.raises(ValueError, match=r"sequence: got 'x', expected an int in \[0, 1\]"):
+        cache.release("x")
+    with pytest.raises(ValueError, match=r"key: got shape \(2, 300, 64\), expected \[batch, heads, tokens, head_dim\]"):
+        cache.append(key[0], value[0])
+    with pytest.raises(TypeError, match="count: got list, expected an integer tensor"):
+        cache.append(key, value, [1, 1])
+    assert cache.free == [0]

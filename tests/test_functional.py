@@ -1,10 +1,14 @@
 """`apply_rope` and `attention` as users meet them: closed forms, defaults, gradients, and bad arguments."""
 
 import math
+import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from levels import every_level
+from torch.autograd import forward_ad
 
 import longrope_kernels as lk
 
@@ -219,6 +223,19 @@ BAD = {
     "cos: got tables beside": lambda: lk.apply_rope(Q, K, PLAIN, cos=torch.zeros(12, 8), sin=torch.zeros(12, 8)),
     "cos: got shape (3, 8)": lambda: lk.apply_rope(Q, K, cos=torch.zeros(3, 8), sin=torch.zeros(12, 8)),
     "sin: got None": lambda: lk.apply_rope(Q, K, cos=torch.zeros(12, 8)),
+    "cos: got list, expected a tensor": lambda: lk.apply_rope(Q, K, cos=[1.0], sin=[1.0]),
+    "cos: got shape ()": lambda: lk.apply_rope(Q, K, cos=torch.tensor(1.0), sin=torch.tensor(1.0)),
+    "query: got torch.sparse_coo": lambda: lk.attention(Q.to_sparse(), K, V, PLAIN),
+    "query: got a nested tensor": lambda: lk.attention(torch.nested.nested_tensor([Q[0]]), K, V, PLAIN),
+    "value: got a nested": lambda: lk.attention(Q, K, torch.nested.nested_tensor([V[0]], layout=torch.jagged), PLAIN),
+    "backend: got 3, expected a name or None": lambda: lk.attention(Q, K, V, PLAIN, backend=3),
+    "is_causal: got 'no', expected True or False": lambda: lk.attention(Q, K, V, PLAIN, is_causal="no"),
+    "softcap: got 1e+300": lambda: lk.attention(Q, K, V, PLAIN, softcap=1e300),
+    "softcap: got 1e-60": lambda: lk.attention(Q, K, V, PLAIN, softcap=1e-60),
+    "scale: got 1e+300": lambda: lk.attention(Q, K, V, PLAIN, scale=1e300),
+    "scale: got tensor([[0., 0.": lambda: lk.attention(Q, K, V, PLAIN, scale=torch.zeros(99, 99)),
+    "window: got (1.5, 0)": lambda: lk.attention(Q, K, V, PLAIN, window=(1.5, 0)),
+    "query_start: got 2147483640": lambda: lk.attention(Q, K, V, PLAIN, query_start=INTEGERS * 0 + 2**31 - 8),
 }
 
 
@@ -228,3 +245,33 @@ def test_bad_arguments_are_named_in_one_line(message):
         BAD[message]()
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+@every_level
+def test_numbers_of_any_library_are_taken_and_a_window_of_any_size():
+    expected = lk.attention(Q, K, V, PLAIN, scale=0.125, window=3)
+    assert torch.equal(lk.attention(Q, K, V, PLAIN, scale=np.float32(0.125), window=np.int64(3)), expected)
+    assert torch.equal(lk.attention(Q, K, V, PLAIN, scale=Fraction(1, 8), window=3), expected)
+    everything = lk.attention(Q, K, V, PLAIN, is_causal=False)
+    for side in (2**31 - 1, 2**31, sys.maxsize, 2**64):
+        assert torch.equal(lk.attention(Q, K, V, PLAIN, is_causal=False, window=(side, side)), everything)
+        assert torch.equal(lk.attention(Q, K, V, PLAIN, window=side), lk.attention(Q, K, V, PLAIN))
+
+
+def test_forward_mode_is_refused_rather_than_zero():
+    bounds = torch.tensor([0, 12])
+    packed = [x[0].transpose(0, 1).contiguous() for x in (Q, K, V)]
+    for f, x in (
+        (lambda q: lk.attention(q, K, V, PLAIN), Q),
+        (lambda v: lk.attention(Q, K, v, PLAIN), V),
+        (lambda k: lk.apply_rope(Q, k, PLAIN)[1], K),
+        (lambda k: lk.attention_varlen(packed[0], k, packed[2], bounds), packed[1]),
+        (lambda f: lk.RopeScaling(16, 1e3, f).inv_freq, torch.ones(8)),
+    ):
+        with pytest.raises(TypeError, match=r"^\w+: got a tensor with a forward-mode tangent, expected none"):
+            torch.func.jvp(f, (x,), (torch.ones_like(x),))
+        with forward_ad.dual_level(), pytest.raises(TypeError, match="forward-mode"):
+            f(forward_ad.make_dual(x, torch.ones_like(x)))
+    cos, sin = torch.ones(12, 8), torch.zeros(12, 8)
+    _, tangent = torch.func.jvp(lambda q: lk.apply_rope(q, None, cos=cos, sin=sin)[0], (Q,), (Q,))
+    assert torch.equal(tangent, Q)  # tables are plain torch

@@ -144,6 +144,30 @@ def test_bad_ladders_are_named():
         lk.LongRope.from_dict({"format": "other"})
 
 
+FORMAT = {"format": "longrope-kernels/1", "original_max_position_embeddings": 8}
+MALFORMED = {
+    "original_max_position_embeddings: got 0": lambda: lk.RopeScaling.yarn(64, 1e4, 2.0, 0),
+    "beta_slow: got 0": lambda: lk.RopeScaling.yarn(64, 1e4, 2.0, 8192, beta_slow=0),
+    "beta_fast: got 1, expected a number >= beta_slow": lambda: lk.RopeScaling.yarn(64, 1e4, 2.0, 8192, 1, 32),
+    "theta: got 1, expected a finite number > 1": lambda: lk.RopeScaling.yarn(64, 1, 2.0, 8192),
+    "regimes: got None, expected a dict": lambda: lk.LongRope(8192, None),
+    "fields: got [], expected a dict": lambda: lk.LongRope.from_dict([]),
+    "fields: got None, expected a dict": lambda: lk.RopeScaling.from_dict(None),
+    "regimes: got 5, expected a list of dicts": lambda: lk.LongRope.from_dict(FORMAT | {"regimes": 5}),
+    "regimes: got 3, expected a dict": lambda: lk.LongRope.from_dict(FORMAT | {"regimes": [3]}),
+    "config: got None, expected a transformers": lambda: lk.LongRope.from_config(None),
+    "hidden_size: got None": lambda: lk.LongRope.from_config({"rope_theta": 1e4, "max_position_embeddings": 5}),
+}
+
+
+@pytest.mark.parametrize("message", MALFORMED)
+def test_malformed_arguments_are_named_in_one_line(message):
+    with pytest.raises((ValueError, TypeError)) as error:
+        MALFORMED[message]()
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
 def test_factors_changed_in_place_are_refused_until_a_new_scaling_is_made_of_them():
     factors = torch.ones(32, dtype=torch.float64, requires_grad=True)
     scaling = lk.RopeScaling(64, 1e4, factors)

@@ -19,6 +19,7 @@ from ..bundles import Geometry, Packing, Pages, Rotation
 NAME = "cpu"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TO_BUILD = "install g++, then install this package again with LONGROPE_KERNELS_BUILD=1, which says what fails"
+_CPU = torch.device("cpu")  # named, as the default device may be another
 _native: ModuleType | None = None
 _missing: str | None = None
 try:
@@ -86,7 +87,7 @@ def apply_rope(
             outputs.append(None)
             operands.append(((0, 0, 0, 0), (0, 0, 0, 0), 0, 0, 0, 0))
             continue
-        out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+        out = torch.empty(x.shape, dtype=x.dtype, device=_CPU)
         if positions.stride(-1) != 1:
             positions = positions.contiguous()
         keep.append(positions)
@@ -113,8 +114,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Fused rotation and attention: out like query, and lse float32[B, Hq, Tq]."""
     assert _native is not None
-    out = torch.empty(query.shape, dtype=query.dtype, device="cpu")
-    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device="cpu")
+    out = torch.empty(query.shape, dtype=query.dtype, device=_CPU)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=_CPU)
     arguments, keep = _attention_arguments(query, key, value, out, lse, rotation, geometry)
     _native.attention_forward(level(), arguments)
     del keep
@@ -137,7 +138,7 @@ def attention_backward(
     lse = lse.contiguous()
     arguments, keep = _attention_arguments(query, key, value, out, lse, rotation, geometry)
     # Keys outside every sequence are not written: their gradient is 0.
-    gradients = [torch.zeros(x.shape, dtype=x.dtype, device="cpu") for x in (query, key, value)]
+    gradients = [torch.zeros(x.shape, dtype=x.dtype, device=_CPU) for x in (query, key, value)]
     d_inv_freq = _backward(
         arguments, grad_out, grad_lse, lse, [_operand(x) for x in gradients], _operand, rotation, inv_freq_gradient
     )
@@ -150,8 +151,8 @@ def attention_varlen(
 ) -> tuple[Tensor, Tensor]:
     """Packed sequences: query [Tq, Hq, D], key and value [Tk, Hkv, D]; out like query, lse float32[Hq, Tq]."""
     assert _native is not None
-    out = torch.empty(query.shape, dtype=query.dtype, device="cpu")
-    lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device="cpu")
+    out = torch.empty(query.shape, dtype=query.dtype, device=_CPU)
+    lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=_CPU)
     arguments, keep = _packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
     _native.attention_forward(level(), arguments)
     del keep
@@ -174,7 +175,7 @@ def attention_varlen_backward(
     """Gradients of `attention_varlen`."""
     lse = lse.contiguous()
     arguments, keep = _packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
-    gradients = [torch.zeros(x.shape, dtype=x.dtype, device="cpu") for x in (query, key, value)]
+    gradients = [torch.zeros(x.shape, dtype=x.dtype, device=_CPU) for x in (query, key, value)]
     d_inv_freq = _backward(
         arguments, grad_out, grad_lse, lse, [_packed(x) for x in gradients], _packed, rotation, inv_freq_gradient
     )
@@ -185,8 +186,8 @@ def attention_varlen_backward(
 def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Attention over a cache, contiguous or paged, quantised or not; one pass over it where queries are few."""
     assert _native is not None
-    out = torch.empty(query.shape, dtype=query.dtype, device="cpu")
-    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device="cpu")
+    out = torch.empty(query.shape, dtype=query.dtype, device=_CPU)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=_CPU)
     length = pages.length.contiguous()
     start = (length - query.shape[2] if geometry.query_start is None else geometry.query_start).contiguous()
     zeros = torch.zeros_like(length)
@@ -331,7 +332,7 @@ def _backward(
     grad_lse = torch.zeros_like(lse, memory_format=torch.contiguous_format) if grad_lse is None else grad_lse
     grad_lse = grad_lse.float().contiguous()
     d_inv_freq = torch.zeros_like(rotation.inv_freq)
-    by_sequence = torch.zeros(rotation.regime_index.shape[0], d_inv_freq.shape[1], dtype=torch.float64, device="cpu")
+    by_sequence = torch.zeros(rotation.regime_index.shape[0], d_inv_freq.shape[1], dtype=torch.float64, device=_CPU)
     _native.attention_backward(
         level(),
         arguments,
