@@ -86,9 +86,10 @@ def inspect(
 
     source = models.find(model)
     config = models.load_config(source)
-    if to is not None and to < 1:
-        refuse("--to", to, "a length in tokens")
-    found = inspect_rope(models.rope_of(config, original_length), model, config.model_type, to)
+    rope = models.rope_of(config, original_length)
+    if to is not None:
+        models.check_target(to, rope)
+    found = inspect_rope(rope, model, config.model_type, to)
     say_inspection(found)
     if json_file is not None:
         write_atomically(json_file, (json.dumps(found.to_dict(), indent=1) + "\n").encode())

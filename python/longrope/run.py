@@ -19,6 +19,12 @@ from typing import IO, Any
 from .errors import PipelineError, UsageError, disk_error, one_line, refuse
 
 FORMAT = "longrope-run/1"
+BEGUN = {".lock", ".run.json.part", "evaluations.jsonl"}  # what a run that was killed early may have left alone
+ARGUMENTS = {
+    "model": "MODEL",
+    "model_fingerprint": "MODEL",
+    "screens": "--screen",
+}  # settings not named as their option
 
 
 def digest(value: Any) -> str:
@@ -36,17 +42,20 @@ class RunDirectory:
         extra: recorded beside the settings, and free to change from run to run (budgets, versions).
 
     Raises:
-        UsageError: another run's directory, or one in use; the line names the difference.
+        UsageError: another run's directory, one in use, or a folder of something else; the line names the difference.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            names = {file.name for file in self.path.iterdir()}
         except FileExistsError:
             refuse("--run-dir", path, "a directory, not a file")
         except OSError as error:
             raise disk_error(f"--run-dir {path}", error) from error
+        if "run.json" not in names and (others := sorted(names - BEGUN)):
+            refuse("--run-dir", f"{path}, which has {others[0]} and no run.json", "a new or empty folder, or a run's")
         self._lock = self._take_lock()
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         try:
@@ -80,8 +89,10 @@ class RunDirectory:
         for name in sorted({*known, *self.settings}):
             if known.get(name) != self.settings.get(name):
                 asked, made = _show(self.settings.get(name)), _show(known.get(name))
+                if name == "model_fingerprint":
+                    asked, made = f"files of fingerprint {asked}", f"those of {made}"
                 refuse(
-                    name,
+                    ARGUMENTS.get(name, f"--{name.replace('_', '-')}"),
                     f"{asked} in {self.path}",
                     f"{made}, with which that directory was made (or another --run-dir)",
                 )

@@ -144,7 +144,7 @@ def test_running_it_again_recomputes_nothing(extended: Run, command: Callable[..
 def test_another_request_for_the_same_directory_is_refused(extended: Run, command: Callable[..., Finished]) -> None:
     done = command(*extended.arguments, "--seed", "8")
     assert done.code == 2
-    assert done.err.startswith(f"longrope: seed: got 8 in {extended.folder}, expected 7")
+    assert done.err.startswith(f"longrope: --seed: got 8 in {extended.folder}, expected 7")
     assert done.err.count("\n") == 1
 
 

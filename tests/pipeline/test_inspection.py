@@ -75,3 +75,9 @@ def test_the_command_prints_the_table_and_writes_json_and_a_figure(command, mode
 
 def test_another_original_length_moves_the_critical_pair(command, model_folder: Path) -> None:
     assert "critical dimension: pair 11." in command("inspect", model_folder, "--original-length", 512).out
+
+
+@pytest.mark.parametrize("length", [0, 64, 128])
+def test_a_target_within_the_original_length_is_refused(command, model_folder: Path, length: int) -> None:
+    done = command("inspect", model_folder, "--to", length)
+    assert (done.code, done.err) == (2, f"longrope: --to: got {length}, expected more than the original length 128\n")

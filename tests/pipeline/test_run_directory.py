@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from longrope import models
 from longrope.errors import PipelineError, UsageError
 from longrope.run import RunDirectory, read_json, write_atomically
 
@@ -32,9 +34,42 @@ def test_another_request_is_refused_with_the_difference(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as refused:
         RunDirectory(tmp_path, {**SETTINGS, "seed": 1})
     assert str(refused.value) == (
-        f"seed: got 1 in {tmp_path}, expected 0, with which that directory was made (or another --run-dir)"
+        f"--seed: got 1 in {tmp_path}, expected 0, with which that directory was made (or another --run-dir)"
     )
     assert (tmp_path / "run.json").read_bytes() == before
+    RunDirectory(tmp_path, SETTINGS).close()
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("model", "MODEL: got 1 in"),
+        ("model_fingerprint", "MODEL: got files of fingerprint 1 in"),
+        ("screens", "--screen: got 1 in"),
+        ("score_from", "--score-from: got 1 in"),
+    ],
+)
+def test_a_difference_is_named_as_the_argument_is(tmp_path: Path, name: str, line: str) -> None:
+    first = RunDirectory(tmp_path, {name: 0})
+    first.evaluations.append("key", {})
+    first.close()
+    with pytest.raises(UsageError) as refused:
+        RunDirectory(tmp_path, {name: 1})
+    assert str(refused.value).startswith(line)
+
+
+def test_a_folder_of_something_else_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        UsageError, match=r"--run-dir: got .*, which has config\.json and no run\.json, expected a new or"
+    ):
+        RunDirectory(tmp_path, SETTINGS)
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_a_run_killed_before_its_first_file_was_whole_begins_again(tmp_path: Path) -> None:
+    for name in (".lock", ".run.json.part"):
+        (tmp_path / name).touch()
     RunDirectory(tmp_path, SETTINGS).close()
 
 
@@ -112,3 +147,15 @@ def test_reading_json_says_missing_or_broken(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text(json.dumps({"a": [1, 2]})[:-3])
     with pytest.raises(UsageError, match="got a broken file"):
         read_json(tmp_path / "half.json")
+
+
+def test_only_what_makes_the_model_is_its_fingerprint(model_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    made = models.fingerprint(models.find(str(folder)))
+    for name in ("notes.json", "longrope.json", "README.md", "training_args.bin"):
+        (folder / name).write_text("{}")
+    assert models.fingerprint(models.find(str(folder))) == made
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
+        before = models.fingerprint(models.find(str(folder)))
+        (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+        assert models.fingerprint(models.find(str(folder))) != before, name

@@ -92,6 +92,14 @@ def test_children_descend_from_candidates_scored_before_them(found: tuple[Outcom
         assert {word for word in one.origin.split() if len(word) == 8 and word != "mutation"} - before == set()
 
 
+@pytest.mark.parametrize("parents", [2, 12])
+def test_a_crossover_has_two_parents(parents: int) -> None:
+    outcome, _ = search(parents=parents, iterations=5)
+    pairs = [one.origin.split()[2::2] for one in outcome.scored if one.origin.startswith("crossover of ")]
+    assert len(pairs) == 60
+    assert all(first != other for first, other in pairs)
+
+
 def test_the_seeds_come_first_and_are_never_lost() -> None:
     outcome, landscape = search(population=1, iterations=0)
     assert [one.origin for one in outcome.scored] == ["seed pi", "seed ntk", "seed yarn"]

@@ -240,12 +240,14 @@ def _children(
     mutations = round(count * mutation_share)
     for number in range(count):
         for _ in range(TRIES):
-            one = parents[int(len(parents) * random.random() ** 2)]  # the better, the more children
+            first = int(len(parents) * random.random() ** 2)  # the better, the more children
+            one = parents[first]
             if number < mutations or len(parents) == 1:
                 child = mutate(one.candidate, space, random, probability)
                 origin = f"mutation of {one.candidate.id[:8]}"
             else:
-                other, third = (parents[int(random.integers(0, len(parents)))] for _ in range(2))
+                second = _another(first, len(parents), random)
+                other, third = parents[second], parents[_another(second, len(parents), random)]
                 child = crossover(one.candidate, other.candidate, third.candidate, space, random)
                 origin = f"crossover of {one.candidate.id[:8]} with {other.candidate.id[:8]}"
             if child.id not in seen:
@@ -253,6 +255,12 @@ def _children(
                 children.append((child, origin))
                 break
     return children
+
+
+def _another(than: int, count: int, random: np.random.Generator) -> int:
+    """Draw one of `count` >= 2 indices but `than`."""
+    drawn = int(random.integers(0, count - 1))
+    return drawn + (drawn >= than)
 
 
 def _survivors(
