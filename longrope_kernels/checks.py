@@ -29,7 +29,9 @@ def is_int(value: object) -> bool:
 
 def is_real(value: object) -> bool:
     """Tell whether a value is a finite real number of any library; a bool is none."""
-    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool) and math.isfinite(value)
+    return (
+        isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool) and -math.inf < value < math.inf  # type: ignore[operator]
+    )
 
 
 def integer(name: str, value: object, least: int, most: int | None = None) -> int:

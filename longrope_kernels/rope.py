@@ -195,14 +195,13 @@ class RopeScaling:
     @classmethod
     def pi(cls, head_dim: int, theta: float, factor: float, **kwargs: Any) -> RopeScaling:
         """Position interpolation: every frequency divided by `factor` (arXiv 2306.15595)."""
-        pairs = (kwargs.get("rotary_dim") or head_dim) // 2
+        pairs = _rotary_dim(head_dim, kwargs) // 2
         return cls(head_dim, theta, [_scale_factor(factor)] * pairs, **kwargs)
 
     @classmethod
     def ntk(cls, head_dim: int, theta: float, factor: float, **kwargs: Any) -> RopeScaling:
         """NTK-aware scaling: a larger base, so that the slowest pair is divided by `factor` and the first by 1."""
-        rotary_dim = kwargs.get("rotary_dim") or head_dim
-        pairs = rotary_dim // 2
+        pairs = _rotary_dim(head_dim, kwargs) // 2
         last = max(pairs - 1, 1)
         return cls(head_dim, theta, [_scale_factor(factor) ** (pair / last) for pair in range(pairs)], **kwargs)
 
@@ -228,7 +227,7 @@ class RopeScaling:
 
         Reference: arXiv 2309.00071.
         """
-        rotary_dim = kwargs.get("rotary_dim") or head_dim
+        rotary_dim = _rotary_dim(head_dim, kwargs)
         factors = _config.yarn_factors(
             rotary_dim, theta, _scale_factor(factor), original_max_position_embeddings, beta_fast, beta_slow, truncate
         )
@@ -542,6 +541,11 @@ def _positive(name: str, values: Iterable[float] | Tensor, count: int) -> tuple[
 def _fields_of(fields: object, name: str = "fields") -> None:
     if not isinstance(fields, Mapping):
         refuse(name, brief(fields), "a dict, as to_dict writes it", TypeError)
+
+
+def _rotary_dim(head_dim: object, options: Mapping[str, Any]) -> int:
+    name, value = ("head_dim", head_dim) if options.get("rotary_dim") is None else ("rotary_dim", options["rotary_dim"])
+    return integer(name, value, 2)
 
 
 def _scale_factor(factor: float) -> float:

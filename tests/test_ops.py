@@ -102,6 +102,14 @@ def test_one_compiled_graph_serves_many_scalings():
     assert counter.frame_count == 1
 
 
+def test_compiles_with_a_scale_that_varies():
+    compiled = torch.compile(
+        lambda q, k, v, x: lk.attention(q, k, v, SCALING, scale=x), fullgraph=True, backend="eager"
+    )
+    for scale in (0.1, 0.2, 0.3):
+        assert torch.equal(compiled(*operands(), scale), lk.attention(*operands(), SCALING, scale=scale))
+
+
 def test_exports():
     class Layer(torch.nn.Module):
         def forward(self, q, k, v):

@@ -147,6 +147,8 @@ def test_bad_ladders_are_named():
 FORMAT = {"format": "longrope-kernels/1", "original_max_position_embeddings": 8}
 MALFORMED = {
     "original_max_position_embeddings: got 0": lambda: lk.RopeScaling.yarn(64, 1e4, 2.0, 0),
+    "head_dim: got 'a'": lambda: lk.RopeScaling.ntk("a", 1e4, 2.0),
+    "rotary_dim: got 1.5": lambda: lk.RopeScaling.pi(64, 1e4, 2.0, rotary_dim=1.5),
     "beta_slow: got 0": lambda: lk.RopeScaling.yarn(64, 1e4, 2.0, 8192, beta_slow=0),
     "beta_fast: got 1, expected a number >= beta_slow": lambda: lk.RopeScaling.yarn(64, 1e4, 2.0, 8192, 1, 32),
     "theta: got 1, expected a finite number > 1": lambda: lk.RopeScaling.yarn(64, 1, 2.0, 8192),
