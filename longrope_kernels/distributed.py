@@ -161,7 +161,7 @@ def ring_attention(
     rotation, geometry = functional.bundle(
         query, key, value, scaling, is_causal, scale, window, softcap, regime_index=regime_index
     )
-    ring = _Ring(group, rank, ranks, tokens // 2, length, rotation, geometry, backend or "")
+    ring = _Ring(group, rank, ranks, tokens // 2, length, rotation, geometry, checks.backend(backend))
     out, lse = _RingAttention.apply(query, key, value, rotation.inv_freq, ring)
     return (out, lse) if return_lse else out
 
@@ -340,7 +340,7 @@ def _starts(rank: int, ranks: int, chunk: int) -> tuple[int, int]:
 
 def _same_everywhere(name: str, shape: torch.Size, group: Any) -> None:
     """Refuse shapes that differ between ranks, which would otherwise hang or tear messages."""
-    sizes = torch.tensor(shape)
+    sizes = torch.tensor(shape, device="cpu")
     bounds = torch.cat((sizes, -sizes))
     dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
     largest, smallest = bounds[: len(shape)], -bounds[len(shape) :]
