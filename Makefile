@@ -18,7 +18,7 @@ SANITIZED_TESTS := tests/test_sanitizer.py tests/test_levels.py tests/test_confo
     tests/test_functional.py tests/test_ops.py tests/test_varlen.py tests/test_cache.py
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt pyproject.toml
 
-.PHONY: help setup demo search-full test test-full lint format bench bench-cpu bench-gpu report-gpu sanitize clean
+.PHONY: help setup demo search-full test test-full test-emulator lint format bench bench-cpu bench-gpu report-gpu sanitize clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,15 +65,18 @@ sanitize: $(VENV)/.tools  ## the tests of the native module on an AddressSanitiz
 	    LONGROPE_KERNELS_SANITIZE=1 PYTHONPATH=$(abspath build/sanitize) \
     $(VENV)/bin/pytest -m "not slow" -k "not reference and not suite_catches" $(SANITIZED_TESTS)
 
+test-emulator: $(VENV)/.built  ## the CUDA kernels in the emulator: many draws, every planted bug
+	LONGROPE_EMULATOR_EXAMPLES=150 $(PY) -m pytest tests/emulator
+
 lint: $(VENV)/.tools  ## ruff, clang-format and mypy
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	@$(VENV)/bin/mypy
 
 format: $(VENV)/.tools  ## rewrite sources to the formatters' taste
 	@$(VENV)/bin/ruff check --fix --quiet . ; $(VENV)/bin/ruff format --quiet .
-	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
+	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
 bench: $(VENV)/.built  ## microbenchmarks beside torch, as a table and JSON in bench/results
 	$(PY) -m bench

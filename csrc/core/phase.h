@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace longrope {
 
 struct CosSin {
@@ -15,12 +17,12 @@ struct CosSin {
 };
 
 // The angle of position p, in units of 2^-32 turn. Positions may be negative (padding rows): the product wraps alike.
-inline int32_t phase_of(int64_t position, int64_t turns) {
+LONGROPE_HOST_DEVICE inline int32_t phase_of(int64_t position, int64_t turns) {
     return static_cast<int32_t>((static_cast<uint64_t>(position) * static_cast<uint64_t>(turns)) >> 32);
 }
 
 // Branch-free, so that a loop over pairs vectorises.
-inline CosSin cos_sin(int32_t phase) {
+LONGROPE_HOST_DEVICE inline CosSin cos_sin(int32_t phase) {
     const uint32_t shifted = static_cast<uint32_t>(phase) + 0x20000000u;
     const uint32_t quadrant = shifted >> 30;
     const int32_t rest = static_cast<int32_t>(static_cast<uint32_t>(phase) - (quadrant << 30));

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../core/visible.h"
 #include "vec.h"
 
 namespace longrope {
@@ -39,9 +40,9 @@ inline int64_t lse_index(const AttentionParams& p, int64_t b, int64_t head, int6
 
 // The half-open interval of key indices that query i of sequence b sees.
 inline void visible_keys(const AttentionParams& p, int64_t b, int64_t i, int64_t* low, int64_t* high) {
-    const int64_t index = p.query_start[b] + i, length = p.key_length[b];
-    *low = p.window_left >= 0 ? std::max<int64_t>(0, index - p.window_left) : 0;
-    *high = std::max(p.window_right >= 0 ? std::min(length, index + p.window_right + 1) : length, *low);
+    const Interval seen = visible_interval(p.query_start[b] + i, p.key_length[b], p.window_left, p.window_right);
+    *low = seen.low;
+    *high = seen.high;
 }
 
 // Outer index (sequence or page) and token of key `index`.

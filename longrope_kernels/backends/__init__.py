@@ -18,9 +18,9 @@ from torch import Tensor
 from ..errors import BackendUnavailableError, refuse
 
 # In the order in which they are tried for tensors of a device type; the reference runs everywhere.
-# HIP devices are "cuda" to torch.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
-NAMES = ("reference", "cpu", "triton")
+# HIP devices are "cuda" to torch. The CUDA kernels stand behind Triton's until both have been measured on a GPU.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+NAMES = ("reference", "cpu", "triton", "cuda")
 
 
 @functools.cache

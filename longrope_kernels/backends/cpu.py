@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..bundles import Geometry, Packing, Pages, Rotation
+from . import native
 
 NAME = "cpu"
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TO_BUILD = "install g++, then install this package again with LONGROPE_KERNELS_BUILD=1, which says what fails"
 _CPU = torch.device("cpu")  # named, as the default device may be another
 _native: ModuleType | None = None
@@ -39,7 +39,7 @@ def supports(op: str, query: Tensor) -> str | None:
     """Return None for float32, float16 and bfloat16 tensors on the CPU."""
     if query.device.type != "cpu":
         return f"tensors are on {query.device}"
-    if query.dtype not in _DTYPES:
+    if query.dtype not in native.DTYPES:
         return f"no {query.dtype} kernels"
     return None
 
@@ -92,15 +92,17 @@ def apply_rope(
             positions = positions.contiguous()
         keep.append(positions)
         outputs.append(out)
-        operands.append((_operand(x), _operand(out), positions.data_ptr(), positions.stride(0), *x.shape[1:3]))
-    tables, keep_tables = _tables(rotation)
+        operands.append(
+            (native.operand(x), native.operand(out), positions.data_ptr(), positions.stride(0), *x.shape[1:3])
+        )
+    tables, keep_tables = native.table_arguments(rotation)
     _native.apply_rope(
         level(),
         *operands,
         tables,
         query.shape[0],
         query.shape[3],
-        _DTYPES[query.dtype],
+        native.DTYPES[query.dtype],
         conjugate,
         torch.get_num_threads(),
     )
@@ -116,7 +118,7 @@ def attention(
     assert _native is not None
     out = torch.empty(query.shape, dtype=query.dtype, device=_CPU)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=_CPU)
-    arguments, keep = _attention_arguments(query, key, value, out, lse, rotation, geometry)
+    arguments, keep = native.batch_arguments(query, key, value, out, lse, rotation, geometry)
     _native.attention_forward(level(), arguments)
     del keep
     return out, lse
@@ -136,11 +138,18 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients recomputed from lse; deterministic, nothing rotated is stored."""
     lse = lse.contiguous()
-    arguments, keep = _attention_arguments(query, key, value, out, lse, rotation, geometry)
+    arguments, keep = native.batch_arguments(query, key, value, out, lse, rotation, geometry)
     # Keys outside every sequence are not written: their gradient is 0.
     gradients = [torch.zeros(x.shape, dtype=x.dtype, device=_CPU) for x in (query, key, value)]
     d_inv_freq = _backward(
-        arguments, grad_out, grad_lse, lse, [_operand(x) for x in gradients], _operand, rotation, inv_freq_gradient
+        arguments,
+        grad_out,
+        grad_lse,
+        lse,
+        [native.operand(x) for x in gradients],
+        native.operand,
+        rotation,
+        inv_freq_gradient,
     )
     del keep
     return gradients[0], gradients[1], gradients[2], d_inv_freq
@@ -153,7 +162,7 @@ def attention_varlen(
     assert _native is not None
     out = torch.empty(query.shape, dtype=query.dtype, device=_CPU)
     lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=_CPU)
-    arguments, keep = _packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
+    arguments, keep = native.packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
     _native.attention_forward(level(), arguments)
     del keep
     return out, lse
@@ -174,10 +183,17 @@ def attention_varlen_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `attention_varlen`."""
     lse = lse.contiguous()
-    arguments, keep = _packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
+    arguments, keep = native.packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
     gradients = [torch.zeros(x.shape, dtype=x.dtype, device=_CPU) for x in (query, key, value)]
     d_inv_freq = _backward(
-        arguments, grad_out, grad_lse, lse, [_packed(x) for x in gradients], _packed, rotation, inv_freq_gradient
+        arguments,
+        grad_out,
+        grad_lse,
+        lse,
+        [native.packed_operand(x) for x in gradients],
+        native.packed_operand,
+        rotation,
+        inv_freq_gradient,
     )
     del keep
     return gradients[0], gradients[1], gradients[2], d_inv_freq
@@ -191,9 +207,9 @@ def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: G
     length = pages.length.contiguous()
     start = (length - query.shape[2] if geometry.query_start is None else geometry.query_start).contiguous()
     zeros = torch.zeros_like(length)
-    page_arguments, keep_pages = _pages(pages)
-    arguments, keep = _arguments(
-        [_operand(x) for x in (query, pages.key, pages.value, out)],
+    page_arguments, keep_pages = native.page_arguments(pages)
+    arguments, keep = native.call_arguments(
+        [native.operand(x) for x in (query, pages.key, pages.value, out)],
         (lse.data_ptr(), lse.stride(0), lse.stride(1)),
         page_arguments,
         (geometry.query_positions, None),
@@ -211,109 +227,21 @@ def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: G
 def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> None:
     """Write the first `count[b]` of key and value [B, Hkv, T, D] behind the `length[b]` tokens of the cache."""
     assert _native is not None
-    page_arguments, keep = _pages(pages)
+    page_arguments, keep = native.page_arguments(pages)
     length, count = pages.length.contiguous(), count.contiguous()
     _native.cache_append(
         level(),
         (
-            *(_operand(x) for x in (key, value, pages.key, pages.value)),
+            *(native.operand(x) for x in (key, value, pages.key, pages.value)),
             page_arguments,
             length.data_ptr(),
             count.data_ptr(),
             (key.shape[0], key.shape[1], key.shape[3]),
-            _DTYPES[key.dtype],
+            native.DTYPES[key.dtype],
             torch.get_num_threads(),
         ),
     )
     del keep
-
-
-def _attention_arguments(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rotation: Rotation, geometry: Geometry
-) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """Return what the native module takes for a batch, and the tensors that must outlive the call."""
-    batch, query_heads, query_tokens, head_dim = query.shape
-    starts = [x.contiguous() for x in geometry.resolved(batch, query_tokens, key.shape[2], query.device)]
-    return _arguments(
-        [_operand(x) for x in (query, key, value, out)],
-        (lse.data_ptr(), lse.stride(0), lse.stride(1)),
-        (),
-        (geometry.query_positions, geometry.key_positions),
-        (starts[0], None, None, starts[1], starts[2]),
-        (batch, query_heads, key.shape[1], query_tokens, head_dim),
-        rotation,
-        geometry,
-        query.dtype,
-    )
-
-
-def _packed_arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rotation: Rotation,
-    geometry: Geometry,
-    packing: Packing,
-) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """The same for a packed batch: every sequence has batch stride 0 and begins at its own row."""
-    query_count, key_length = packing.query_bounds.diff(), packing.key_bounds.diff()
-    longest = int(query_count.max()) if query_count.numel() else 0
-    return _arguments(
-        [_packed(x) for x in (query, key, value, out)],
-        (lse.data_ptr(), 0, lse.stride(0)),
-        (),
-        (geometry.query_positions, geometry.key_positions),
-        (
-            key_length - query_count,
-            packing.query_bounds.contiguous(),
-            query_count,
-            packing.key_bounds.contiguous(),
-            key_length,
-        ),
-        (packing.batch, query.shape[1], key.shape[1], longest, query.shape[2]),
-        rotation,
-        geometry,
-        query.dtype,
-    )
-
-
-def _arguments(
-    operands: list[tuple[int, ...]],
-    lse: tuple[int, int, int],
-    pages: tuple[Any, ...],
-    positions: tuple[Tensor | None, Tensor | None],
-    sequences: tuple[Tensor | None, ...],
-    sizes: tuple[int, ...],
-    rotation: Rotation,
-    geometry: Geometry,
-    dtype: torch.dtype,
-) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """Return what the native module takes, and the tensors that must outlive the call.
-
-    Args:
-        positions: of queries and keys, int64[B or 1, T].
-        sequences: query_start, query_slot, query_count, key_start, key_length: int64[B], contiguous.
-    """
-    tables, keep = _tables(rotation)
-    rows = [None if x is None else x.contiguous() for x in positions]
-    arguments = (
-        *operands,
-        lse,
-        tables,
-        pages,
-        *((0, 0) if x is None else (x.data_ptr(), 0 if x.shape[0] == 1 else x.stride(0)) for x in rows),
-        *(0 if x is None else x.data_ptr() for x in sequences),
-        sizes,
-        geometry.window_left,
-        0 if geometry.is_causal else geometry.window_right,
-        geometry.scale,
-        geometry.softcap,
-        _DTYPES[dtype],
-        torch.get_num_threads(),
-    )
-    return arguments, [*keep, *(x for x in (*rows, *sequences) if x is not None)]
 
 
 def _backward(
@@ -342,36 +270,3 @@ def _backward(
         by_sequence.data_ptr() if inv_freq_gradient else 0,
     )
     return d_inv_freq.index_add_(0, rotation.regime_index.long(), by_sequence)
-
-
-def _packed(x: Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of [tokens, heads, head_dim]."""
-    return x.data_ptr(), 0, x.stride(1), x.stride(0)
-
-
-def _pages(pages: Pages) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """Return what the native module takes, and the tensors that must outlive the call."""
-    table = pages.block_table.contiguous()
-    scales = [0 if x is None else x.data_ptr() for x in (pages.key_scale, pages.value_scale)]
-    tail = (0, 0, 0, 0) if pages.key_tail is None else _operand(pages.key_tail)
-    return (table.data_ptr(), table.shape[1], pages.page_tokens, *scales, tail), [table]
-
-
-def _operand(x: Tensor) -> tuple[int, int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
-
-
-def _tables(rotation: Rotation) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """Return what the native module takes, and the tensors that must outlive the call."""
-    tensors = [
-        x.contiguous()
-        for x in (
-            rotation.turns,
-            rotation.base_turns,
-            rotation.start_tokens,
-            rotation.attention_factor,
-            rotation.regime_index,
-        )
-    ]
-    pairs = rotation.turns.shape[-1]
-    return (*[x.data_ptr() for x in tensors], pairs, int(rotation.interleaved)), tensors

@@ -1,0 +1,82 @@
+// The Python face of the CUDA kernels, as the module LONGROPE_MODULE: built by nvcc, or by a host compiler over the
+// emulator, which then has its own switches besides.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../cuda/kernels.h"
+#include "arguments.h"
+
+#if !defined(__CUDACC__)
+#include "../emulator/machine.h"
+#endif
+
+namespace longrope {
+namespace {
+
+Stream stream_of(uintptr_t address) {
+    return reinterpret_cast<Stream>(address);
+}
+
+// (key, value, key_tokens, partial address, partial_lse address, splits, rows)
+AttentionScratch scratch(const py::tuple& t) {
+    return {operand(t[0].cast<py::tuple>()),
+            operand(t[1].cast<py::tuple>()),
+            t[2].cast<int64_t>(),
+            pointer<float>(t[3].cast<uintptr_t>()),
+            pointer<float>(t[4].cast<uintptr_t>()),
+            t[5].cast<int64_t>(),
+            t[6].cast<int64_t>()};
+}
+
+// Addresses of a, b, c and out, dtype, transposed.
+ProbeParams probe(const py::tuple& t) {
+    return {pointer<void>(t[0].cast<uintptr_t>()),    pointer<void>(t[1].cast<uintptr_t>()),
+            pointer<void>(t[2].cast<uintptr_t>()),    pointer<void>(t[3].cast<uintptr_t>()),
+            static_cast<Dtype>(t[4].cast<int32_t>()), t[5].cast<int32_t>()};
+}
+
+}  // namespace
+}  // namespace longrope
+
+using namespace longrope;
+
+PYBIND11_MODULE(LONGROPE_MODULE, m) {
+    m.doc() = "CUDA kernels of longrope_kernels; call them through longrope_kernels.backends.cuda";
+    m.def("apply_rope", [](const py::tuple& query, const py::tuple& key, const py::tuple& tables, int64_t batch,
+                           int64_t head_dim, int dtype, bool conjugate, uintptr_t stream) {
+        apply_rope(rope_params(query, key, tables, batch, head_dim, dtype, conjugate, 0), stream_of(stream));
+    });
+    m.def("prepare_keys", [](const py::tuple& arguments, const py::tuple& extra, uintptr_t stream) {
+        prepare_keys(attention_params(arguments), scratch(extra), stream_of(stream));
+    });
+    m.def("attention_forward_sm80", [](const py::tuple& arguments, uintptr_t stream) {
+        attention_forward_sm80(attention_params(arguments), stream_of(stream));
+    });
+    m.def("probe_load_matrices",
+          [](const py::tuple& t, uintptr_t stream) { probe_load_matrices(probe(t), stream_of(stream)); });
+    m.def("probe_multiply_add",
+          [](const py::tuple& t, uintptr_t stream) { probe_multiply_add(probe(t), stream_of(stream)); });
+#if !defined(__CUDACC__)
+    using emulator::Machine;
+    m.def(
+        "declare",
+        [](const std::vector<std::tuple<uintptr_t, int64_t, bool, std::string>>& ranges) {
+            std::vector<emulator::Range> declared;
+            for (const auto& [begin, bytes, writable, name] : ranges)
+                declared.push_back({begin, begin + bytes, writable, name});
+            Machine::get().global.declare(std::move(declared));
+        },
+        "memory that kernels may touch from now on: (address, bytes, writable, name)");
+    m.def("seed", [](uint64_t seed) { Machine::get().seed(seed); });
+    m.def("take_counters", [] {
+        const emulator::Counters c = Machine::get().take_counters();
+        py::dict counts;
+        counts["blocks"] = c.blocks;
+        counts["switches"] = c.switches;
+        counts["products"] = c.products;
+        counts["matrix_loads"] = c.matrix_loads;
+        counts["bank_conflicts"] = c.bank_conflicts;
+        return counts;
+    });
+#endif
+}

@@ -1,0 +1,41 @@
+// The CUDA kernels as plain functions: each enqueues its launches on a stream and returns.
+//
+// Pointers are device memory, 16-byte aligned with strides that are multiples of 8 elements where operands have 16
+// bits.
+#pragma once
+
+#include "../core/params.h"
+#include "primitives.cuh"
+
+namespace longrope {
+
+// Memory that a call needs besides its operands.
+struct AttentionScratch {
+    Operand key,
+        value;  // as the attention kernel reads them: rotated keys, and values where a cache had to be gathered
+    int64_t key_tokens;  // of the longest sequence
+    // Partial results of split keys, null where keys are not split: fp32 [batch, key_heads, splits, rows, head_dim] of
+    // normalised outputs, and [batch, key_heads, splits, rows] of lse in units of log 2.
+    float *partial, *partial_lse;
+    int64_t splits, rows;
+};
+
+void apply_rope(const RopeParams& params, Stream stream);
+
+// Rotates every key of every sequence into `scratch.key`, and gathers the values of a cache into `scratch.value`.
+void prepare_keys(const AttentionParams& params, const AttentionScratch& scratch, Stream stream);
+
+// Attention of the rows of `params` over keys that are rotated already.
+void attention_forward_sm80(const AttentionParams& params, Stream stream);
+
+// Registers of a warp, lane after lane, in and out of one instruction (probes.cu).
+struct ProbeParams {
+    const void *a, *b, *c;
+    void* out;
+    Dtype dtype;
+    int32_t transposed;
+};
+void probe_load_matrices(const ProbeParams& params, Stream stream);
+void probe_multiply_add(const ProbeParams& params, Stream stream);
+
+}  // namespace longrope

@@ -1,0 +1,64 @@
+// Keys as the attention kernels read them: rotated once, out of an operand or a cache's pages, into a scratch copy; the
+// values of a cache are gathered with them.
+//
+// A thread takes one unit of one key (rotate.cuh) of every key head, so that angles are computed once for all heads.
+// Bytes: every key is read and written once. Bound by memory. Beside an attention of n rows that is 1 part in n / 2 of
+// the products' operations; a pass that rotated the keys of every row block anew would cost 30 operations a pair each
+// time.
+#include "kernels.h"
+#include "rotate.cuh"
+#include "sequence.cuh"
+
+namespace longrope {
+namespace {
+
+constexpr int kThreads = 128;
+
+struct PrepareLaunch {
+    AttentionParams params;
+    AttentionScratch scratch;
+};
+
+template <bool kChunks>
+LONGROPE_HOST_DEVICE int units_of(const AttentionParams& p) {
+    return static_cast<int>(kChunks ? p.head_dim / 8 - p.rotation.pairs / 8 : p.head_dim - p.rotation.pairs);
+}
+
+template <class T, bool kChunks>
+LONGROPE_KERNEL(kThreads)
+prepare_keys_kernel(const PrepareLaunch launch) {
+    const AttentionParams& p = launch.params;
+    const int units = units_of<kChunks>(p);
+    const int64_t of_sequence = (launch.scratch.key_tokens * units + kThreads - 1) / kThreads;
+    const Sequence s(p, block_index() / of_sequence);
+    const int64_t at = block_index() % of_sequence * kThreads + thread_index();
+    const int64_t index = at / units;
+    if (index >= s.key_length) return;
+    const int unit = static_cast<int>(at % units);
+    const Regime regime = regime_of(p.rotation, s.b);
+    const Angles<kChunks> angles = angles_of<kChunks>(regime, unit, s.key_position(p, index), false);
+    for (int64_t head = 0; head < p.key_heads; ++head)
+        rotate_unit<T>(regime, unit, angles, GlobalRow<T>{row_of<T>(p.key, s.b, head, s.key_start + index)},
+                       GlobalRow<T>{row_of<T>(launch.scratch.key, s.b, head, s.key_start + index)});
+}
+
+template <class T, bool kChunks>
+void run(const AttentionParams& p, const AttentionScratch& scratch, Stream stream) {
+    const int64_t of_sequence = (scratch.key_tokens * units_of<kChunks>(p) + kThreads - 1) / kThreads;
+    launch(prepare_keys_kernel<T, kChunks>, of_sequence * p.batch, kThreads, 0, PrepareLaunch{p, scratch}, stream);
+}
+
+template <class T>
+void run_of(const AttentionParams& p, const AttentionScratch& scratch, Stream stream) {
+    if (p.rotation.pairs % 8 == 0) return run<T, true>(p, scratch, stream);
+    run<T, false>(p, scratch, stream);
+}
+
+}  // namespace
+
+void prepare_keys(const AttentionParams& params, const AttentionScratch& scratch, Stream stream) {
+    if (params.dtype == Dtype::kFloat16) return run_of<Half>(params, scratch, stream);
+    run_of<BFloat16Bits>(params, scratch, stream);
+}
+
+}  // namespace longrope

@@ -1,0 +1,69 @@
+// A tile of 16-bit elements in shared memory, and how it is filled and read.
+//
+// Columns come in slabs of 32 elements (64 bytes), row after row; the four 16-byte chunks of a row are permuted by bits
+// of the row (the 64-byte swizzle of the bulk copy engine). The eight rows that one ldmatrix phase reads, and the rows
+// that eight neighbouring threads write, then lie in eight different groups of banks, for any multiple of 32 columns.
+#pragma once
+
+#include "primitives.cuh"
+
+namespace longrope {
+
+constexpr int kChunk = 8;  // elements in 16 bytes
+
+template <int kRowCount, int kColumns>
+struct Tile {
+    static_assert(kColumns % 32 == 0, "a tile is cut into slabs of 32 columns");
+    static constexpr int kRows = kRowCount, kChunks = kColumns / kChunk;
+    static constexpr int kBytes = kRowCount * kColumns * 2;
+
+    SharedAddress base;
+
+    LONGROPE_DEVICE SharedAddress chunk(int row, int c) const {
+        return base + c / 4 * (kRowCount * 64) + row * 64 + ((c % 4 ^ (row >> 1 & 3)) << 4);
+    }
+    LONGROPE_DEVICE SharedAddress element(int row, int column) const {
+        return chunk(row, column / kChunk) + column % kChunk * 2;
+    }
+};
+
+// Starts copying rows [0, count) of a tile, zeros below; `row_at(r)` is where row r lies.
+template <int kThreads, class TileT, class RowAt>
+LONGROPE_DEVICE void copy_tile(TileT tile, int count, int head_dim, const RowAt& row_at) {
+#pragma unroll 4
+    for (int i = thread_index(); i < TileT::kRows * TileT::kChunks; i += kThreads) {
+        const int row = i / TileT::kChunks, c = i % TileT::kChunks;
+        const bool valid = row < count && c * kChunk < head_dim;
+        const auto* from = row_at(valid ? row : 0);
+        copy_async_16(tile.chunk(row, c), valid ? from + c * kChunk : from, valid);
+    }
+}
+
+// Rows [first, first + 16) and 16 columns as the left operand of multiply_add.
+template <class TileT>
+LONGROPE_DEVICE void load_left(uint32_t (&a)[4], TileT tile, int first, int step) {
+    const int lane = lane_index();
+    load_matrices(a, tile.chunk(first + lane % 16, 2 * step + lane / 16));
+}
+
+// Rows [first, first + 16) as columns of the right operand, 16 columns of the tile as its rows: two operands.
+template <class TileT>
+LONGROPE_DEVICE void load_right(uint32_t (&b)[4], TileT tile, int first, int step) {
+    const int lane = lane_index();
+    load_matrices(b, tile.chunk(first + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+}
+
+// Rows [first, first + 16) as rows of the right operand, columns 16 step and on as its columns: two operands.
+template <class TileT>
+LONGROPE_DEVICE void load_right_transposed(uint32_t (&b)[4], TileT tile, int first, int step) {
+    const int lane = lane_index();
+    load_matrices_transposed(b, tile.chunk(first + lane % 16, 2 * step + lane / 16));
+}
+
+// The two operands that the loads above bring.
+LONGROPE_DEVICE void right_half(uint32_t (&b)[2], const uint32_t (&both)[4], int half) {
+    b[0] = both[2 * half];
+    b[1] = both[2 * half + 1];
+}
+
+}  // namespace longrope

@@ -1,0 +1,164 @@
+"""The CUDA kernels, run by the emulator: the conformance suite, and what the emulator alone can see."""
+
+import os
+import re
+
+import pytest
+import torch
+
+import longrope_kernels as lk
+from longrope_kernels import testing
+
+from . import build
+
+DTYPES = [torch.float16, torch.bfloat16]
+# A quick draw in `make test`, a thorough one in `make test-emulator`.
+EXAMPLES = int(os.environ.get("LONGROPE_EMULATOR_EXAMPLES", "12"))
+
+
+def operands(batch=1, heads=(4, 2), tokens=(70, 70), head_dim=64, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads[0], tokens[0]), *[(batch, heads[1], tokens[1])] * 2]
+    return [torch.randn(*shape, head_dim, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_emulated_kernels_conform(emulated, seed):
+    emulated.seed(seed)
+    testing.conformance(backend="cuda", dtypes=DTYPES, max_tokens=150, max_examples=EXAMPLES, gradients=False)
+
+
+def test_tiles_are_read_without_bank_conflicts(emulated):
+    emulated.take_counters()
+    for head_dim in (32, 64, 96, 128, 256):
+        lk.attention(*operands(head_dim=head_dim), lk.RopeScaling(head_dim, 1e4), backend="cuda")
+    counters = emulated.take_counters()
+    assert counters["matrix_loads"] > 0
+    assert counters["bank_conflicts"] == 0
+
+
+def test_products_are_those_of_the_visible_tiles(emulated):
+    """A causal pass visits the tiles up to the diagonal and no others: the tensor cores' work is what the head says."""
+    emulated.take_counters()
+    tokens, head_dim, rows, keys = 512, 64, 128, 64
+    lk.attention(*operands(heads=(1, 1), tokens=(tokens, tokens)), lk.RopeScaling(head_dim, 1e4), backend="cuda")
+    tiles = sum(-(-min(tokens, rows * (i + 1)) // keys) for i in range(tokens // rows))
+    per_tile = 2 * rows * keys * head_dim // (16 * 8 * 16)
+    assert emulated.take_counters()["products"] == tiles * per_tile
+
+
+def test_the_order_of_warps_and_blocks_changes_no_bit(emulated):
+    q, k, v = operands(2, (6, 2), (90, 130), 128)
+    results = []
+    for seed in range(4):
+        emulated.seed(seed)
+        results.append(lk.attention(q, k, v, lk.RopeScaling(128, 1e4), return_lse=True, backend="cuda"))
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [64, 48, 18])
+def test_rotation_in_place_gives_the_same_bits(emulated, dtype, interleaved, rotary_dim):
+    from longrope_kernels import functional
+    from longrope_kernels.backends import cuda
+
+    scaling = lk.RopeScaling(64, 1e4, rotary_dim=rotary_dim, interleaved=interleaved)
+    q, k, _ = operands(2, dtype=dtype)
+    wanted = lk.apply_rope(q, k, scaling, backend="cuda")
+    rotation, _ = functional.bundle(q, k, k, scaling)
+    at = torch.arange(70).expand(2, -1)
+    cuda.apply_rope_in_place(q, k, rotation, at, at, False)
+    assert torch.equal(q, wanted[0])
+    assert torch.equal(k, wanted[1])
+    cuda.apply_rope_in_place(q, k, rotation, at, at, True)
+    original = operands(2, dtype=dtype)
+    eps = torch.finfo(dtype).eps
+    for x, y in zip((q, k), original, strict=False):
+        assert torch.allclose(x, y, rtol=4 * eps, atol=8 * eps)
+
+
+def test_operands_that_16_byte_accesses_cannot_read_are_copied(emulated):
+    q, k, v = operands(head_dim=64)
+    wide = [torch.cat((x[..., :1], x), dim=-1)[..., 1:] for x in (q, k, v)]
+    scaling = lk.RopeScaling(64, 1e4)
+    assert torch.equal(lk.attention(*wide, scaling, backend="cuda"), lk.attention(q, k, v, scaling, backend="cuda"))
+
+
+def test_strides_past_32_bits(emulated):
+    """Heads of one token, 2^31 elements apart in stride: offsets that wrap would leave the declared memory."""
+    q, k, v = operands(heads=(1, 1), tokens=(5, 5))
+    far = k.as_strided(k.shape, (2**40, 2**33, 64, 1))
+    scaling = lk.RopeScaling(64, 1e4)
+    assert torch.equal(lk.attention(q, far, v, scaling, backend="cuda"), lk.attention(q, k, v, scaling, backend="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "reason"), [(60, torch.float16, "head_dim 60"), (64, torch.float32, "no torch.float32")]
+)
+def test_what_there_are_no_kernels_for_is_refused(emulated, head_dim, dtype, reason):
+    with pytest.raises(lk.BackendUnavailableError, match=reason):
+        lk.attention(*operands(head_dim=head_dim, dtype=dtype), lk.RopeScaling(head_dim, 1e4), backend="cuda")
+
+
+# Sources with one line changed: (file, what stands there, what is put there, the how-manieth, what must be said).
+FORWARD = "cuda/sm80/attention_forward.cu"
+PLANTED = {
+    "no wait for the keys": (FORWARD, "copy_async_wait<0>();", "", 0, "in flight"),
+    "no wait for the values": (FORWARD, "copy_async_wait<0>();", "", 1, "in flight"),
+    "no barrier after the keys": (FORWARD, "block_sync();  // the keys", "// the keys", 0, "race|in flight|nothing wrote"),
+    "no barrier after the values": (FORWARD, "block_sync();  // the values", "// the values", 0, "race|in flight|nothing"),
+    "no barrier before the rows are stored": (FORWARD, "warp_sync();", "", 0, "race|nothing wrote"),
+    "a tail that is one row too long": ("cuda/tile.cuh", "row < count &&", "row <= count &&", 0, "out of bounds"),
+    "queries one row too many": (FORWARD, "if (tile_row < count)", "if (tile_row <= count)", 0, "out of bounds|wrong result"),
+    "a tile without its swizzle": ("cuda/tile.cuh", "((c % 4 ^ (row >> 1 & 3)) << 4)", "(c % 4 << 4)", 0, "[1-9].* bank conflicts"),
+    "a swizzle that is read otherwise than written": (
+        "cuda/rotate.cuh",
+        "store_shared(tile.chunk(row, chunk), v)",
+        "store_shared(tile.base + chunk / 4 * (TileT::kRows * 64) + row * 64 + chunk % 4 * 16, v)",
+        0,
+        "wrong|nothing wrote|race",
+    ),
+}  # fmt: skip
+QUICK = ["no wait for the values", "no barrier after the keys", "a tail that is one row too long"]
+
+
+def planted(name):
+    path, old, new, which, _ = PLANTED[name]
+    text = (build.CSRC / path).read_text()
+    pieces = text.split(old)
+    assert len(pieces) > which + 1, f"{path} has no {old!r}"
+    text = old.join(pieces[: which + 1]) + new + old.join(pieces[which + 1 :])
+    changes = {path: text}
+    # One head_dim is enough to show a mistake, and compiles sooner.
+    forward = changes.get(FORWARD, (build.CSRC / FORWARD).read_text())
+    changes[FORWARD] = "\n".join(x for x in forward.splitlines() if "return run<T, " not in x or "<T, 64>" in x)
+    changes[FORWARD] = changes[FORWARD].replace("return run<T, 256>(p, stream);", "")
+    return build.module(changes)
+
+
+def told(emulator, monkeypatch):
+    """What the emulator, or a look at the result and the counters, says about the kernels of a module."""
+    from longrope_kernels.backends import cuda
+
+    monkeypatch.setattr(cuda, "_native", emulator)
+    scaling = lk.RopeScaling(64, 1e4)
+    try:
+        for seed in range(2):
+            emulator.seed(seed)
+            q, k, v = operands(heads=(2, 1), tokens=(150, 150), seed=seed)
+            out = lk.attention(q, k, v, scaling, backend="cuda")
+            exact = lk.attention(q, k, v, scaling, backend="reference")
+            if (out.float() - exact.float()).abs().max() > 0.05:
+                return "wrong result"
+    except RuntimeError as error:
+        return str(error)
+    return f"{emulator.take_counters()['bank_conflicts']} bank conflicts"
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in PLANTED])
+def test_a_planted_bug_is_caught(emulator, monkeypatch, name):
+    said = told(planted(name), monkeypatch)
+    assert re.search(PLANTED[name][-1], said), said
