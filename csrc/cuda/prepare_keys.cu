@@ -38,7 +38,7 @@ prepare_keys_kernel(const PrepareLaunch launch) {
     const Regime regime = regime_of(p.rotation, s.b);
     const Angles<kChunks> angles = angles_of<kChunks>(regime, unit, s.key_position(p, index), false);
     for (int64_t head = 0; head < p.key_heads; ++head)
-        rotate_unit<T>(regime, unit, angles, GlobalRow<T>{row_of<T>(p.key, s.b, head, s.key_start + index)},
+        rotate_unit(regime, unit, angles, GlobalRow<T>{row_of<T>(p.key, s.b, head, s.key_start + index)},
                        GlobalRow<T>{row_of<T>(launch.scratch.key, s.b, head, s.key_start + index)});
 }
 

@@ -10,7 +10,7 @@
 //   thread_index block_index lane_index warp_index block_threads
 //   load_global<V> store_global            V of 1 to 16 bytes, aligned to its size
 //   load_shared<V> store_shared            likewise
-//   copy_async_16                          cp.async.cg: 16 bytes, or zeros where not valid
+//   copy_async<N>                          cp.async: N = 4, 8 or 16 bytes, or zeros where not valid
 //   copy_async_commit copy_async_wait<N>   wait until at most N groups are in flight; a barrier then shows them to
 //   others block_sync warp_sync                   bar.sync 0; __syncwarp named_sync named_arrive bar.sync / bar.arrive
 //   id, threads shuffle_xor shuffle any_lane           of the whole warp load_matrices load_matrices_transposed

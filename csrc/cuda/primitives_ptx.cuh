@@ -60,10 +60,16 @@ LONGROPE_DEVICE uint32_t shared_window(SharedAddress address) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(longrope_shared)) + address;
 }
 
-LONGROPE_DEVICE void copy_async_16(SharedAddress to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_window(to)), "l"(from),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
+template <int kBytes>
+LONGROPE_DEVICE void copy_async(SharedAddress to, const void* from, bool valid) {
+    if constexpr (kBytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_window(to)), "l"(from),
+                     "r"(valid ? 16 : 0)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_window(to)), "l"(from), "n"(kBytes),
+                     "r"(valid ? kBytes : 0)
+                     : "memory");
 }
 LONGROPE_DEVICE void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

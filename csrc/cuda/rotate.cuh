@@ -7,7 +7,7 @@
 
 #include "../core/params.h"
 #include "../core/phase.h"
-#include "primitives.cuh"
+#include "rows.cuh"
 
 namespace longrope {
 
@@ -61,36 +61,41 @@ LONGROPE_DEVICE Float2 turned(float a, float b, const CosSin& angle) {
     return {a * angle.cos - b * angle.sin, b * angle.cos + a * angle.sin};
 }
 
-template <class T, class From, class To>
+template <class From, class To>
 LONGROPE_DEVICE void rotate_unit(const Regime& regime, int unit, const Angles<true>& angles, const From& from,
                                  const To& to) {
     const int groups = regime.pairs / 8;
     if (unit >= groups) {
         const int chunk = unit + groups;
-        to.store16(chunk, from.load16(chunk));
+        to.store8(chunk, from.load8(chunk));
         return;
     }
     const int first = regime.interleaved ? 2 * unit : unit;
     const int second = regime.interleaved ? first + 1 : unit + groups;
-    Vec16 a = from.load16(first), b = from.load16(second);
+    Float8 a = from.load8(first), b = from.load8(second);
+    if (regime.interleaved) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const Float2 x = unpack<T>(a.word[i]), y = unpack<T>(b.word[i]);
-        if (regime.interleaved) {
-            const Float2 u = turned(x.x, x.y, angles.of[i]), v = turned(y.x, y.y, angles.of[4 + i]);
-            a.word[i] = pack<T>(u.x, u.y);
-            b.word[i] = pack<T>(v.x, v.y);
-        } else {
-            const Float2 u = turned(x.x, y.x, angles.of[2 * i]), v = turned(x.y, y.y, angles.of[2 * i + 1]);
-            a.word[i] = pack<T>(u.x, v.x);
-            b.word[i] = pack<T>(u.y, v.y);
+        for (int i = 0; i < 4; ++i) {
+            const Float2 x = turned(a.at[2 * i], a.at[2 * i + 1], angles.of[i]);
+            const Float2 y = turned(b.at[2 * i], b.at[2 * i + 1], angles.of[4 + i]);
+            a.at[2 * i] = x.x;
+            a.at[2 * i + 1] = x.y;
+            b.at[2 * i] = y.x;
+            b.at[2 * i + 1] = y.y;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const Float2 x = turned(a.at[i], b.at[i], angles.of[i]);
+            a.at[i] = x.x;
+            b.at[i] = x.y;
         }
     }
-    to.store16(first, a);
-    to.store16(second, b);
+    to.store8(first, a);
+    to.store8(second, b);
 }
 
-template <class T, class From, class To>
+template <class From, class To>
 LONGROPE_DEVICE void rotate_unit(const Regime& regime, int unit, const Angles<false>& angles, const From& from,
                                  const To& to) {
     if (unit >= regime.pairs) {
@@ -100,56 +105,29 @@ LONGROPE_DEVICE void rotate_unit(const Regime& regime, int unit, const Angles<fa
     }
     const int first = regime.interleaved ? 2 * unit : unit;
     const int second = regime.interleaved ? first + 1 : unit + regime.pairs;
-    const Float2 x = turned(widen(from.load1(first)), widen(from.load1(second)), angles.of[0]);
-    to.store1(first, narrow<T>(x.x));
-    to.store1(second, narrow<T>(x.y));
+    const Float2 x = turned(from.load1(first), from.load1(second), angles.of[0]);
+    to.store1(first, x.x);
+    to.store1(second, x.y);
 }
 
-// A row in global memory.
-template <class T>
-struct GlobalRow {
-    T* row;
-
-    LONGROPE_DEVICE Vec16 load16(int chunk) const {
-        return load_global(reinterpret_cast<const Vec16*>(row + chunk * 8));
-    }
-    LONGROPE_DEVICE void store16(int chunk, const Vec16& v) const {
-        store_global(reinterpret_cast<Vec16*>(row + chunk * 8), v);
-    }
-    LONGROPE_DEVICE T load1(int dim) const { return load_global(static_cast<const T*>(row + dim)); }
-    LONGROPE_DEVICE void store1(int dim, T x) const { store_global(row + dim, x); }
-};
-
-// Row `row` of a Tile.
-template <class T, class TileT>
-struct SharedRow {
-    TileT tile;
-    int row;
-
-    LONGROPE_DEVICE Vec16 load16(int chunk) const { return load_shared<Vec16>(tile.chunk(row, chunk)); }
-    LONGROPE_DEVICE void store16(int chunk, const Vec16& v) const { store_shared(tile.chunk(row, chunk), v); }
-    LONGROPE_DEVICE T load1(int dim) const { return load_shared<T>(tile.element(row, dim)); }
-    LONGROPE_DEVICE void store1(int dim, T x) const { store_shared(tile.element(row, dim), x); }
-};
-
 // Rotates rows [0, count) by the threads of a block, in units: `position_of(r)`, `from(r)` and `to(r)` say the rest.
-template <class T, bool kChunks, int kThreads, class PositionOf, class From, class To>
+template <bool kChunks, int kThreads, class PositionOf, class From, class To>
 LONGROPE_DEVICE void rotate_rows_in(const Regime& regime, int head_dim, int count, bool conjugate,
                                     const PositionOf& position_of, const From& from, const To& to) {
     const int units = regime.units<kChunks>(head_dim);
     for (int i = thread_index(); i < count * units; i += kThreads) {
         const int row = i / units, unit = i % units;
-        rotate_unit<T>(regime, unit, angles_of<kChunks>(regime, unit, position_of(row), conjugate), from(row), to(row));
+        rotate_unit(regime, unit, angles_of<kChunks>(regime, unit, position_of(row), conjugate), from(row), to(row));
     }
 }
 
-template <class T, int kThreads, class PositionOf, class From, class To>
+template <int kThreads, class PositionOf, class From, class To>
 LONGROPE_DEVICE void rotate_rows(const Regime& regime, int head_dim, int count, bool conjugate,
                                  const PositionOf& position_of, const From& from, const To& to) {
     if (regime.in_chunks())
-        rotate_rows_in<T, true, kThreads>(regime, head_dim, count, conjugate, position_of, from, to);
+        rotate_rows_in<true, kThreads>(regime, head_dim, count, conjugate, position_of, from, to);
     else
-        rotate_rows_in<T, false, kThreads>(regime, head_dim, count, conjugate, position_of, from, to);
+        rotate_rows_in<false, kThreads>(regime, head_dim, count, conjugate, position_of, from, to);
 }
 
 }  // namespace longrope

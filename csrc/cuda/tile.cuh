@@ -35,7 +35,7 @@ LONGROPE_DEVICE void copy_tile(TileT tile, int count, int head_dim, const RowAt&
         const int row = i / TileT::kChunks, c = i % TileT::kChunks;
         const bool valid = row < count && c * kChunk < head_dim;
         const auto* from = row_at(valid ? row : 0);
-        copy_async_16(tile.chunk(row, c), valid ? from + c * kChunk : from, valid);
+        copy_async<16>(tile.chunk(row, c), valid ? from + c * kChunk : from, valid);
     }
 }
 

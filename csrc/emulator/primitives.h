@@ -60,8 +60,10 @@ void store_shared(SharedAddress to, const V& value, Site site = Site::here()) {
     Machine::get().write_shared(to, value, site);
 }
 
-inline void copy_async_16(SharedAddress to, const void* from, bool valid, Site site = Site::here()) {
-    Machine::get().copy_async(to, from, 16, valid, site);
+template <int kBytes>
+void copy_async(SharedAddress to, const void* from, bool valid, Site site = Site::here()) {
+    static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async takes 4, 8 or 16 bytes");
+    Machine::get().copy_async(to, from, kBytes, valid, site);
 }
 inline void copy_async_commit() {
     Machine::get().copy_commit();

@@ -33,7 +33,7 @@ void exchange(Memory m, bool before, bool after) {
 // A copy lands in shared memory and is read by the other warp.
 void copied(Memory m, bool waits, bool syncs) {
     const int t = thread_index();
-    copy_async_16(16 * t, m.input + t, true);
+    copy_async<16>(16 * t, m.input + t, true);
     copy_async_commit();
     if (waits) copy_async_wait<0>();
     if (syncs) block_sync();
@@ -51,7 +51,7 @@ const std::map<std::string, Kernel> kKernels = {
     {"a wait that leaves the group in flight",
      [](Memory m) {
          const int t = thread_index();
-         copy_async_16(16 * t, m.input + t, true);
+         copy_async<16>(16 * t, m.input + t, true);
          copy_async_commit();
          copy_async_wait<1>();
          store_global(m.output + t, load_shared<float>(16 * t));
@@ -60,7 +60,7 @@ const std::map<std::string, Kernel> kKernels = {
     {"a wait for a group that was not committed",
      [](Memory m) {
          const int t = thread_index();
-         copy_async_16(16 * t, m.input + t, true);
+         copy_async<16>(16 * t, m.input + t, true);
          copy_async_wait<0>();
          store_global(m.output + t, load_shared<float>(16 * t));
      }},
@@ -70,14 +70,14 @@ const std::map<std::string, Kernel> kKernels = {
          store_shared(16 * t, Vec16{});
          block_sync();
          const float x = load_shared<float>(16 * (63 - t));
-         copy_async_16(16 * t, m.input + t, true);
+         copy_async<16>(16 * t, m.input + t, true);
          copy_async_commit();
          copy_async_wait<0>();
          store_global(m.output + t, x);
      }},
     {"an end with a copy in flight",
      [](Memory m) {
-         copy_async_16(16 * thread_index(), m.input + thread_index(), true);
+         copy_async<16>(16 * thread_index(), m.input + thread_index(), true);
          copy_async_commit();
      }},
     {"no warp barrier between lanes",

@@ -108,20 +108,44 @@ FORWARD = "cuda/sm80/attention_forward.cu"
 PLANTED = {
     "no wait for the keys": (FORWARD, "copy_async_wait<0>();", "", 0, "in flight"),
     "no wait for the values": (FORWARD, "copy_async_wait<0>();", "", 1, "in flight"),
-    "no barrier after the keys": (FORWARD, "block_sync();  // the keys", "// the keys", 0, "race|in flight|nothing wrote"),
-    "no barrier after the values": (FORWARD, "block_sync();  // the values", "// the values", 0, "race|in flight|nothing"),
+    "no barrier after the keys": (
+        FORWARD,
+        "block_sync();  // the keys",
+        "// the keys",
+        0,
+        "race|in flight|nothing wrote",
+    ),
+    "no barrier after the values": (
+        FORWARD,
+        "block_sync();  // the values",
+        "// the values",
+        0,
+        "race|in flight|nothing",
+    ),
     "no barrier before the rows are stored": (FORWARD, "warp_sync();", "", 0, "race|nothing wrote"),
     "a tail that is one row too long": ("cuda/tile.cuh", "row < count &&", "row <= count &&", 0, "out of bounds"),
-    "queries one row too many": (FORWARD, "if (tile_row < count)", "if (tile_row <= count)", 0, "out of bounds|wrong result"),
-    "a tile without its swizzle": ("cuda/tile.cuh", "((c % 4 ^ (row >> 1 & 3)) << 4)", "(c % 4 << 4)", 0, "[1-9].* bank conflicts"),
+    "queries one row too many": (
+        FORWARD,
+        "if (tile_row < count)",
+        "if (tile_row <= count)",
+        0,
+        "out of bounds|wrong result",
+    ),
+    "a tile without its swizzle": (
+        "cuda/tile.cuh",
+        "((c % 4 ^ (row >> 1 & 3)) << 4)",
+        "(c % 4 << 4)",
+        0,
+        "[1-9].* bank conflicts",
+    ),
     "a swizzle that is read otherwise than written": (
-        "cuda/rotate.cuh",
-        "store_shared(tile.chunk(row, chunk), v)",
-        "store_shared(tile.base + chunk / 4 * (TileT::kRows * 64) + row * 64 + chunk % 4 * 16, v)",
+        "cuda/rows.cuh",
+        "store_shared(tile.chunk(row, chunk), pack8<T>(x))",
+        "store_shared(tile.base + chunk / 4 * (TileT::kRows * 64) + row * 64 + chunk % 4 * 16, pack8<T>(x))",
         0,
         "wrong|nothing wrote|race",
     ),
-}  # fmt: skip
+}
 QUICK = ["no wait for the values", "no barrier after the keys", "a tail that is one row too long"]
 
 

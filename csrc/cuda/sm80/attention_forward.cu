@@ -18,10 +18,8 @@
 // A row's bits depend on its own interval of keys alone: tiles are counted from a sequence's first key, and a tile of
 // which a row sees nothing multiplies its sums by 1 and adds 0.
 #include "../kernels.h"
-#include "../rotate.cuh"
-#include "../sequence.cuh"
+#include "../queries.cuh"
 #include "../softmax.cuh"
-#include "../tile.cuh"
 
 namespace longrope {
 namespace {
@@ -42,25 +40,6 @@ struct Shape {
     // Where the interval of keys that a row sees is kept: low and high, int32.
     LONGROPE_DEVICE static SharedAddress seen_of(int row) { return kSeen + row * 8; }
 };
-
-// Rotates the block's queries into shared memory; rows past `count` and columns past head_dim become zeros.
-template <class T, class TileT>
-LONGROPE_DEVICE void load_queries(const AttentionParams& p, const Sequence& s, const RowMap& map, int64_t first_row,
-                                  int count, TileT tile) {
-    const int head_dim = static_cast<int>(p.head_dim);
-    rotate_rows<T, kThreads>(
-        regime_of(p.rotation, s.b), head_dim, count, false,
-        [&](int r) { return s.query_position(p, map.token(first_row + r)); },
-        [&](int r) {
-            const int64_t row = first_row + r;
-            return GlobalRow<T>{s.query_row<T>(p.query, map.head(row), map.token(row))};
-        },
-        [&](int r) { return SharedRow<T, TileT>{tile, r}; });
-    for (int i = thread_index(); i < TileT::kRows * TileT::kChunks; i += kThreads) {
-        const int row = i / TileT::kChunks, c = i % TileT::kChunks;
-        if (row >= count || c * kChunk >= head_dim) store_shared(tile.chunk(row, c), Vec16{});
-    }
-}
 
 // What a block works on.
 template <class S>
@@ -148,7 +127,7 @@ attention_forward_kernel(const AttentionParams p) {
     const int whole_begin = static_cast<int>(last_seen.low);
     const int whole_end = count < S::kRows ? 0 : static_cast<int>(first_seen.high);
     if (begin < end) copy_keys(p.key, keys, begin);
-    load_queries<T>(p, s, map, work.first_row, count, queries);
+    load_queries<T, kThreads>(p, s, map, work.first_row, count, queries);
     for (int r = thread_index(); r < S::kRows; r += kThreads) {
         const Interval seen = r < count ? s.visible(p, map.token(work.first_row + r)) : Interval{0, 0};
         store_shared(S::seen_of(r), Vec8{static_cast<uint32_t>(seen.low), static_cast<uint32_t>(seen.high)});

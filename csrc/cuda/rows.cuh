@@ -1,0 +1,97 @@
+// Rows of head_dim elements wherever they lie, read and written as fp32: whole chunks of 8, or one element.
+#pragma once
+
+#include "primitives.cuh"
+
+namespace longrope {
+
+struct Float8 {
+    float at[8];
+};
+
+template <class T>
+LONGROPE_DEVICE Float8 unpack8(const Vec16& v) {
+    Float8 x;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const Float2 pair = unpack<T>(v.word[i]);
+        x.at[2 * i] = pair.x;
+        x.at[2 * i + 1] = pair.y;
+    }
+    return x;
+}
+
+template <class T>
+LONGROPE_DEVICE Vec16 pack8(const Float8& x) {
+    Vec16 v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v.word[i] = pack<T>(x.at[2 * i], x.at[2 * i + 1]);
+    return v;
+}
+
+LONGROPE_DEVICE Float8 unpack8(const Vec8& v) {
+    Float8 x;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x.at[i] = static_cast<int8_t>(v.word[i / 4] >> (8 * (i % 4)));
+    return x;
+}
+
+// In global memory, of T.
+template <class T>
+struct GlobalRow {
+    T* row;
+
+    LONGROPE_DEVICE Float8 load8(int chunk) const {
+        return unpack8<T>(load_global(reinterpret_cast<const Vec16*>(row + chunk * 8)));
+    }
+    LONGROPE_DEVICE void store8(int chunk, const Float8& x) const { store16(chunk, pack8<T>(x)); }
+    LONGROPE_DEVICE void store16(int chunk, const Vec16& v) const {
+        store_global(reinterpret_cast<Vec16*>(row + chunk * 8), v);
+    }
+    LONGROPE_DEVICE float load1(int dim) const { return widen(load_global(static_cast<const T*>(row + dim))); }
+    LONGROPE_DEVICE void store1(int dim, float x) const { store_global(row + dim, narrow<T>(x)); }
+};
+
+// In global memory, int8 with a scale per channel.
+struct QuantisedRow {
+    const int8_t* row;
+    const float* scale;
+
+    LONGROPE_DEVICE Float8 load8(int chunk) const {
+        Float8 x = unpack8(load_global(reinterpret_cast<const Vec8*>(row + chunk * 8)));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x.at[i] *= load_global(scale + chunk * 8 + i);
+        return x;
+    }
+    LONGROPE_DEVICE float load1(int dim) const { return load_global(row + dim) * load_global(scale + dim); }
+};
+
+// Row `row` of a Tile in shared memory, of T.
+template <class T, class TileT>
+struct SharedRow {
+    TileT tile;
+    int row;
+
+    LONGROPE_DEVICE Float8 load8(int chunk) const { return unpack8<T>(load_shared<Vec16>(tile.chunk(row, chunk))); }
+    LONGROPE_DEVICE void store8(int chunk, const Float8& x) const { store_shared(tile.chunk(row, chunk), pack8<T>(x)); }
+    LONGROPE_DEVICE float load1(int dim) const { return widen(load_shared<T>(tile.element(row, dim))); }
+    LONGROPE_DEVICE void store1(int dim, float x) const { store_shared(tile.element(row, dim), narrow<T>(x)); }
+};
+
+// In shared memory, int8 as it came from a cache, with a scale per channel there too.
+struct SharedQuantisedRow {
+    SharedAddress row, scale;
+
+    LONGROPE_DEVICE Float8 load8(int chunk) const {
+        Float8 x = unpack8(load_shared<Vec8>(row + chunk * 8));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x.at[i] *= load_shared<float>(scale + 4 * (chunk * 8 + i));
+        return x;
+    }
+    LONGROPE_DEVICE float load1(int dim) const {
+        const uint32_t pair = load_shared<uint16_t>(row + dim / 2 * 2);
+        return static_cast<int8_t>(pair >> (8 * (dim % 2))) * load_shared<float>(scale + 4 * dim);
+    }
+};
+
+}  // namespace longrope
