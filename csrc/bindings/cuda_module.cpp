@@ -52,6 +52,14 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
     m.def("attention_forward_sm80", [](const py::tuple& arguments, uintptr_t stream) {
         attention_forward_sm80(attention_params(arguments), stream_of(stream));
     });
+    m.def("attention_decode_sm80", [](const py::tuple& arguments, const py::tuple& extra, uintptr_t stream) {
+        attention_decode_sm80(attention_params(arguments), scratch(extra), stream_of(stream));
+    });
+    m.def("attention_combine", [](const py::tuple& arguments, const py::tuple& extra, uintptr_t stream) {
+        attention_combine(attention_params(arguments), scratch(extra), stream_of(stream));
+    });
+    m.attr("SPLIT_KEYS") = kSplitKeys;
+    m.attr("KEY_GROUP") = kKeyGroup;
     m.def("probe_load_matrices",
           [](const py::tuple& t, uintptr_t stream) { probe_load_matrices(probe(t), stream_of(stream)); });
     m.def("probe_multiply_add",

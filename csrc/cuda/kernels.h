@@ -25,8 +25,14 @@ void apply_rope(const RopeParams& params, Stream stream);
 // Rotates every key of every sequence into `scratch.key`, and gathers the values of a cache into `scratch.value`.
 void prepare_keys(const AttentionParams& params, const AttentionScratch& scratch, Stream stream);
 
-// Attention of the rows of `params` over keys that are rotated already.
+// Attention over keys that are rotated already, for the sequences of `params` with more rows than the decoder takes.
 void attention_forward_sm80(const AttentionParams& params, Stream stream);
+
+// Attention over unrotated keys, contiguous or in a cache, for the sequences with few rows: partial results by runs of
+// keys, and their sum. Keys are split at multiples of `kSplitKeys`, by their index in the sequence.
+constexpr int kSplitKeys = 512;
+void attention_decode_sm80(const AttentionParams& params, const AttentionScratch& scratch, Stream stream);
+void attention_combine(const AttentionParams& params, const AttentionScratch& scratch, Stream stream);
 
 // Registers of a warp, lane after lane, in and out of one instruction (probes.cu).
 struct ProbeParams {

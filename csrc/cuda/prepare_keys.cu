@@ -37,15 +37,55 @@ prepare_keys_kernel(const PrepareLaunch launch) {
     const int unit = static_cast<int>(at % units);
     const Regime regime = regime_of(p.rotation, s.b);
     const Angles<kChunks> angles = angles_of<kChunks>(regime, unit, s.key_position(p, index), false);
-    for (int64_t head = 0; head < p.key_heads; ++head)
-        rotate_unit(regime, unit, angles, GlobalRow<T>{row_of<T>(p.key, s.b, head, s.key_start + index)},
-                       GlobalRow<T>{row_of<T>(launch.scratch.key, s.b, head, s.key_start + index)});
+    const Slot slot = slot_of(p, s, index);
+    for (int64_t head = 0; head < p.key_heads; ++head) {
+        const GlobalRow<T> to{row_of<T>(launch.scratch.key, s.b, head, s.key_start + index)};
+        if (!quantised(p))
+            rotate_unit(regime, unit, angles, GlobalRow<T>{row_of<T>(p.key, slot.outer, head, slot.token)}, to);
+        else if (index < quantised_keys(s))
+            rotate_unit(regime, unit, angles,
+                        QuantisedRow{row_of<int8_t>(p.key, slot.outer, head, slot.token), key_scale(p, slot, head)},
+                        to);
+        else
+            rotate_unit(regime, unit, angles, GlobalRow<T>{row_of<T>(p.pages.key_tail, s.b, head, index % kKeyGroup)},
+                        to);
+    }
+}
+
+// Values of a cache as rows of T: a thread takes one chunk of one value of every key head.
+template <class T>
+LONGROPE_KERNEL(kThreads)
+gather_values_kernel(const PrepareLaunch launch) {
+    const AttentionParams& p = launch.params;
+    const int chunks = static_cast<int>(p.head_dim) / 8;
+    const int64_t of_sequence = (launch.scratch.key_tokens * chunks + kThreads - 1) / kThreads;
+    const Sequence s(p, block_index() / of_sequence);
+    const int64_t at = block_index() % of_sequence * kThreads + thread_index(), index = at / chunks;
+    if (index >= s.key_length) return;
+    const int chunk = static_cast<int>(at % chunks);
+    const Slot slot = slot_of(p, s, index);
+    for (int64_t head = 0; head < p.key_heads; ++head) {
+        const GlobalRow<T> to{row_of<T>(launch.scratch.value, s.b, head, s.key_start + index)};
+        if (!quantised(p)) {
+            to.store8(chunk, GlobalRow<T>{row_of<T>(p.value, slot.outer, head, slot.token)}.load8(chunk));
+            continue;
+        }
+        Float8 x = unpack8(load_global(
+            reinterpret_cast<const Vec8*>(row_of<int8_t>(p.value, slot.outer, head, slot.token) + 8 * chunk)));
+        const float scale = load_global(value_scale(p, slot, head));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x.at[i] *= scale;
+        to.store8(chunk, x);
+    }
 }
 
 template <class T, bool kChunks>
 void run(const AttentionParams& p, const AttentionScratch& scratch, Stream stream) {
     const int64_t of_sequence = (scratch.key_tokens * units_of<kChunks>(p) + kThreads - 1) / kThreads;
     launch(prepare_keys_kernel<T, kChunks>, of_sequence * p.batch, kThreads, 0, PrepareLaunch{p, scratch}, stream);
+    if (scratch.value.data == nullptr) return;
+    const int64_t value_blocks = (scratch.key_tokens * (p.head_dim / 8) + kThreads - 1) / kThreads;
+    launch(gather_values_kernel<T>, value_blocks * p.batch, kThreads, 0, PrepareLaunch{p, scratch}, stream);
 }
 
 template <class T>

@@ -8,7 +8,7 @@
 
 #include "primitives.cuh"
 
-#define LONGROPE_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define LONGROPE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define LONGROPE_DEVICE __device__ __forceinline__
 
 namespace longrope {

@@ -26,7 +26,7 @@ LONGROPE_DEVICE void rotate_tokens(const RopeParams& p, const RopeOperand& x, in
     const Angles<kChunks> angles = angles_of<kChunks>(regime, unit, position, p.conjugate != 0);
     for (int64_t head = 0; head < x.heads; ++head)
         rotate_unit(regime, unit, angles, GlobalRow<T>{row_of<T>(x.input, b, head, token)},
-                       GlobalRow<T>{row_of<T>(x.output, b, head, token)});
+                    GlobalRow<T>{row_of<T>(x.output, b, head, token)});
 }
 
 template <class T, bool kChunks>

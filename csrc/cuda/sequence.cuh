@@ -54,6 +54,43 @@ struct Sequence {
     }
 };
 
+// Where key `index` lies: in the sequence's slots, or in a page of its cache.
+struct Slot {
+    int64_t outer, token;
+};
+
+LONGROPE_DEVICE Slot slot_of(const AttentionParams& p, const Sequence& s, int64_t index) {
+    if (p.pages.block_table == nullptr) return {s.b, s.key_start + index};
+    const uint32_t key = static_cast<uint32_t>(index), size = static_cast<uint32_t>(p.pages.page_tokens);
+    return {load_global(p.pages.block_table + s.b * p.pages.pages_per_sequence + key / size), key % size};
+}
+
+LONGROPE_DEVICE bool quantised(const AttentionParams& p) {
+    return p.pages.key_scale != nullptr;
+}
+
+// Keys of a sequence that are quantised; those of the last group that is not whole wait in the tail.
+LONGROPE_DEVICE int64_t quantised_keys(const Sequence& s) {
+    return s.key_length / kKeyGroup * kKeyGroup;
+}
+
+// Scales of the channels of the group that holds a slot, float[head_dim].
+LONGROPE_DEVICE const float* key_scale(const AttentionParams& p, const Slot& slot, int64_t head) {
+    const int64_t groups = p.pages.page_tokens / kKeyGroup;
+    return p.pages.key_scale + ((slot.outer * p.key_heads + head) * groups + slot.token / kKeyGroup) * p.head_dim;
+}
+
+LONGROPE_DEVICE const float* value_scale(const AttentionParams& p, const Slot& slot, int64_t head) {
+    return p.pages.value_scale + (slot.outer * p.key_heads + head) * p.pages.page_tokens + slot.token;
+}
+
+// Rows of a sequence that the split-key kernel takes; more go to the blockwise kernel. Depends on the sequence alone.
+constexpr int kDecodeRows = 16;
+
+LONGROPE_DEVICE bool decodes(const AttentionParams& p, const Sequence& s) {
+    return s.query_count * (p.query_heads / p.key_heads) <= kDecodeRows;
+}
+
 // A row of a kernel's tile runs over tokens and, within a token, the query heads that share a key head.
 struct RowMap {
     int64_t first_head;  // query head of row 0

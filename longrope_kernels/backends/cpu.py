@@ -204,23 +204,9 @@ def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: G
     assert _native is not None
     out = torch.empty(query.shape, dtype=query.dtype, device=_CPU)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=_CPU)
-    length = pages.length.contiguous()
-    start = (length - query.shape[2] if geometry.query_start is None else geometry.query_start).contiguous()
-    zeros = torch.zeros_like(length)
-    page_arguments, keep_pages = native.page_arguments(pages)
-    arguments, keep = native.call_arguments(
-        [native.operand(x) for x in (query, pages.key, pages.value, out)],
-        (lse.data_ptr(), lse.stride(0), lse.stride(1)),
-        page_arguments,
-        (geometry.query_positions, None),
-        (start, None, None, zeros, length),
-        (query.shape[0], query.shape[1], pages.key.shape[1], query.shape[2], query.shape[3]),
-        rotation,
-        geometry,
-        query.dtype,
-    )
+    arguments, keep = native.cache_arguments(query, pages, out, lse, rotation, geometry)
     _native.attention_forward(level(), arguments)
-    del keep, keep_pages, zeros
+    del keep
     return out, lse
 
 

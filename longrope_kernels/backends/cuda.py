@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bundles import Geometry, Packing, Rotation
+from ..bundles import Geometry, Packing, Pages, Rotation
 from . import native
 
 NAME = "cuda"
+DECODE_ROWS = 16  # query heads of a key head times tokens, up to which a sequence goes to the split-key kernel
+_Scratch = tuple[Tensor, tuple[int, int, int, int]]  # and how the native module addresses it
 _native: ModuleType | None = None
 _import_error = ""
 try:
@@ -95,26 +97,93 @@ def attention(
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out, lse
-    scratch = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     arguments, keep = native.batch_arguments(query, key, value, out, lse, rotation, geometry)
-    _attend(arguments, keep, (query, key, value, out, lse), scratch, native.operand, key.shape[2])
+    call = _Attention(arguments, [query, key, value, *keep], [out, lse])
+    rows = query.shape[1] // key.shape[1] * query.shape[2]
+    if rows <= DECODE_ROWS:
+        call.decode(rows, key.shape[2])
+    else:
+        scratch = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+        call.prefill((scratch, native.operand(scratch)), None, key.shape[2])
     return out, lse
 
 
 def attention_varlen(
     query: Tensor, key: Tensor, value: Tensor, rotation: Rotation, geometry: Geometry, packing: Packing
 ) -> tuple[Tensor, Tensor]:
-    """Packed sequences: query [Tq, Hq, D], key and value [Tk, Hkv, D]; out like query, lse float32[Hq, Tq]."""
+    """Packed sequences: query [Tq, Hq, D], key and value [Tk, Hkv, D]; out like query, lse float32[Hq, Tq].
+
+    Each sequence goes to the kernel that it would go to alone.
+    """
     query, key, value = (_aligned(x) for x in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out, lse
-    scratch = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    longest = int(packing.key_bounds.diff().max())
     arguments, keep = native.packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
-    _attend(arguments, keep, (query, key, value, out, lse), scratch, native.packed_operand, longest)
+    call = _Attention(arguments, [query, key, value, *keep], [out, lse])
+    rows = packing.query_bounds.diff() * (query.shape[1] // key.shape[1])
+    few = (rows > 0) & (rows <= DECODE_ROWS)
+    key_length = packing.key_bounds.diff()
+    if bool(few.any()):
+        call.decode(int(rows[few].max()), int(key_length[few].max()))
+    if bool((rows > DECODE_ROWS).any()):
+        scratch = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+        call.prefill((scratch, native.packed_operand(scratch)), None, int(key_length.max()))
     return out, lse
+
+
+def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Attention over a cache, contiguous or paged, quantised or not; few queries read it once, where it lies."""
+    query = _aligned(query)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    if out.numel() == 0:
+        return out, lse
+    arguments, keep = native.cache_arguments(query, pages, out, lse, rotation, geometry)
+    cache = [x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale, pages.key_tail) if x is not None]
+    call = _Attention(arguments, [query, *cache, *keep], [out, lse])
+    rows = query.shape[1] // pages.key.shape[1] * query.shape[2]
+    # What the block table can hold bounds every length without asking the device.
+    key_tokens = pages.block_table.shape[1] * pages.page_tokens
+    if rows <= DECODE_ROWS:
+        call.decode(rows, key_tokens)
+        return out, lse
+    shape = (query.shape[0], pages.key.shape[1], int(pages.length.max()), query.shape[3])
+    key, value = (torch.empty(shape, dtype=query.dtype, device=query.device) for _ in range(2))
+    call.prefill((key, native.operand(key)), (value, native.operand(value)), shape[2])
+    return out, lse
+
+
+class _Attention:
+    """One call: what the native module takes, the memory that kernels read, and the memory that they write."""
+
+    def __init__(self, arguments: tuple[Any, ...], reads: list[Tensor], writes: list[Tensor]) -> None:
+        self.arguments, self.reads, self.writes = arguments, reads, writes
+
+    def prefill(self, key: _Scratch, value: _Scratch | None, key_tokens: int) -> None:
+        """Rotate the keys into scratch memory, gather the values of a cache there, and attend to them."""
+        _, key_operand = key
+        value_operand = (0, 0, 0, 0) if value is None else value[1]
+        extra = (key_operand, value_operand, key_tokens, 0, 0, 0, 0)
+        scratch = [x[0] for x in (key, value) if x is not None]
+        _call("prepare_keys", (self.arguments, extra), self.reads, scratch)
+        query, _, old_value, out, lse, tables, *rest = self.arguments
+        rest[0] = ()  # no pages any more
+        rotated = (query, key_operand, old_value if value is None else value_operand, out, lse, tables, *rest)
+        _call("attention_forward_sm80", (rotated,), [*self.reads, *scratch], self.writes)
+
+    def decode(self, rows: int, key_tokens: int) -> None:
+        """Attend by runs of keys where they lie, and add the partial results."""
+        assert _native is not None
+        batch, _, key_heads, _, head_dim = self.arguments[14]
+        splits = max(1, -(-key_tokens // _native.SPLIT_KEYS))
+        device = self.writes[0].device
+        partial = torch.empty(batch, key_heads, splits, rows, head_dim, dtype=torch.float32, device=device)
+        lse = torch.empty(batch, key_heads, splits, rows, dtype=torch.float32, device=device)
+        extra = ((0, 0, 0, 0), (0, 0, 0, 0), key_tokens, partial.data_ptr(), lse.data_ptr(), splits, rows)
+        _call("attention_decode_sm80", (self.arguments, extra), self.reads, [partial, lse])
+        _call("attention_combine", (self.arguments, extra), [*self.reads, partial, lse], self.writes)
 
 
 def _rotate(
@@ -144,22 +213,6 @@ def _rotate(
         [*reads, *keep],
         writes,
     )
-
-
-def _attend(
-    arguments: tuple[Any, ...],
-    keep: list[Tensor],
-    operands: tuple[Tensor, ...],
-    scratch: Tensor,
-    operand: Any,
-    key_tokens: int,
-) -> None:
-    """Rotate the keys into `scratch`, then attend to them."""
-    query, key, value, out, lse = operands
-    extra = (operand(scratch), (0, 0, 0, 0), key_tokens, 0, 0, 0, 0)
-    _call("prepare_keys", (arguments, extra), [key, *keep], [scratch])
-    rotated = (*arguments[:1], operand(scratch), *arguments[2:])
-    _call("attention_forward_sm80", (rotated,), [query, scratch, value, *keep], [out, lse])
 
 
 def _emulated() -> bool:

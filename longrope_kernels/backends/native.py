@@ -66,6 +66,28 @@ def packed_arguments(
     )
 
 
+def cache_arguments(
+    query: Tensor, pages: Pages, out: Tensor, lse: Tensor, rotation: Rotation, geometry: Geometry
+) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """The same for queries [B, Hq, Tq, D] over a cache."""
+    length = pages.length.contiguous()
+    start = (length - query.shape[2] if geometry.query_start is None else geometry.query_start).contiguous()
+    zeros = torch.zeros_like(length)
+    in_pages, keep_pages = page_arguments(pages)
+    arguments, keep = call_arguments(
+        [operand(x) for x in (query, pages.key, pages.value, out)],
+        (lse.data_ptr(), lse.stride(0), lse.stride(1)),
+        in_pages,
+        (geometry.query_positions, None),
+        (start, None, None, zeros, length),
+        (query.shape[0], query.shape[1], pages.key.shape[1], query.shape[2], query.shape[3]),
+        rotation,
+        geometry,
+        query.dtype,
+    )
+    return arguments, [*keep, *keep_pages]
+
+
 def call_arguments(
     operands: list[tuple[int, ...]],
     lse: tuple[int, int, int],

@@ -107,7 +107,7 @@ attention_forward_kernel(const AttentionParams p) {
     const Sequence s(p, work.b);
     const RowMap map(p, work.key_head);
     const int count = work.count(s, map);
-    if (count <= 0) return;
+    if (count <= 0 || decodes(p, s)) return;
 
     const typename S::QueryTile queries{0};
     const typename S::KeyTile keys{S::QueryTile::kBytes}, values{keys.base + S::KeyTile::kBytes};
