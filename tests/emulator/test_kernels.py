@@ -105,6 +105,7 @@ def test_what_there_are_no_kernels_for_is_refused(emulated, head_dim, dtype, rea
 
 # Sources with one line changed: (file, what stands there, what is put there, the how-manieth, what must be said).
 FORWARD = "cuda/sm80/attention_forward.cu"
+DECODE = "cuda/sm80/attention_decode.cu"
 PLANTED = {
     "no wait for the keys": (FORWARD, "copy_async_wait<0>();", "", 0, "in flight"),
     "no wait for the values": (FORWARD, "copy_async_wait<0>();", "", 1, "in flight"),
@@ -123,6 +124,23 @@ PLANTED = {
         "race|in flight|nothing",
     ),
     "no barrier before the rows are stored": (FORWARD, "warp_sync();", "", 0, "race|nothing wrote"),
+    "decode: no wait for the stage": (DECODE, "copy_async_wait<1>();", "copy_async_wait<2>();", 0, "in flight"),
+    "decode: no barrier after the wait": (
+        DECODE,
+        "block_sync();  // the stage is",
+        "// ",
+        0,
+        "race|in flight|nothing wrote",
+    ),
+    "decode: no barrier after the rotation": (DECODE, "block_sync();  // the keys are", "// ", 0, "race|nothing wrote"),
+    "decode: a stage filled while it is read": (DECODE, "block_sync();  // the stage and", "// ", 0, "race"),
+    "decode: a run that ends one key late": (
+        DECODE,
+        "run_end = run_begin + kSplitKeys;",
+        "run_end = run_begin + kSplitKeys + 1;",
+        0,
+        "wrong result",
+    ),
     "a tail that is one row too long": ("cuda/tile.cuh", "row < count &&", "row <= count &&", 0, "out of bounds"),
     "queries one row too many": (
         FORWARD,
@@ -157,9 +175,9 @@ def planted(name):
     text = old.join(pieces[: which + 1]) + new + old.join(pieces[which + 1 :])
     changes = {path: text}
     # One head_dim is enough to show a mistake, and compiles sooner.
-    forward = changes.get(FORWARD, (build.CSRC / FORWARD).read_text())
-    changes[FORWARD] = "\n".join(x for x in forward.splitlines() if "return run<T, " not in x or "<T, 64>" in x)
-    changes[FORWARD] = changes[FORWARD].replace("return run<T, 256>(p, stream);", "")
+    for source in (FORWARD, DECODE):
+        lines = changes.get(source, (build.CSRC / source).read_text()).splitlines()
+        changes[source] = "\n".join(x for x in lines if "return run<T, " not in x or "<T, 64>" in x) + "\n"
     return build.module(changes)
 
 
@@ -172,11 +190,12 @@ def told(emulator, monkeypatch):
     try:
         for seed in range(2):
             emulator.seed(seed)
-            q, k, v = operands(heads=(2, 1), tokens=(150, 150), seed=seed)
-            out = lk.attention(q, k, v, scaling, backend="cuda")
-            exact = lk.attention(q, k, v, scaling, backend="reference")
-            if (out.float() - exact.float()).abs().max() > 0.05:
-                return "wrong result"
+            for query_tokens, key_tokens in ((150, 150), (3, 700)):
+                q, k, v = operands(heads=(2, 1), tokens=(query_tokens, key_tokens), seed=seed)
+                out = lk.attention(q, k, v, scaling, backend="cuda")
+                exact = lk.attention(q, k, v, scaling, backend="reference")
+                if not (out.float() - exact.float()).abs().max() < 0.05:
+                    return "wrong result"
     except RuntimeError as error:
         return str(error)
     return f"{emulator.take_counters()['bank_conflicts']} bank conflicts"

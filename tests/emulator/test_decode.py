@@ -1,0 +1,106 @@
+"""Few rows over many keys: split keys, caches, packed batches, in the emulator."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import longrope_kernels as lk
+from longrope_kernels import testing
+from longrope_kernels.backends.composed import gathered
+from longrope_kernels.bundles import KEY_GROUP
+
+from .test_kernels import DTYPES, EXAMPLES, operands
+
+PLAIN = lk.RopeScaling(head_dim=64, theta=1e4)
+LONG = PLAIN.replace(rescale_factors=[1.0 + i / 8 for i in range(32)], start_tokens=5, attention_factor=1.1)
+LADDER = lk.LongRope(100, {100: PLAIN, 4000: LONG})
+KINDS = [(quantised, page) for quantised in (False, True) for page in (None, 64)]
+
+
+def filled(lengths, dtype, quantised, page_tokens, head_dim=64, capacity=1300):
+    cache = lk.KVCache(len(lengths), 2, head_dim, capacity, dtype, quantised, page_tokens)
+    generator = torch.Generator().manual_seed(1)
+    key, value = (torch.randn(len(lengths), 2, max(lengths), head_dim, generator=generator).to(dtype) for _ in range(2))
+    cache.append(key, value, torch.tensor(lengths), backend="cpu")
+    return cache, key, value
+
+
+def test_constants_are_those_of_python(emulated):
+    assert emulated.KEY_GROUP == KEY_GROUP
+
+
+def check_cache(dtype, head_dim, lengths, kind, query_tokens, interleaved, rotary_dim):
+    cache, _, _ = filled(lengths, dtype, *kind, head_dim=head_dim)
+    scaling = lk.RopeScaling(head_dim, 1e4, [2.0] * (rotary_dim // 2), 7, 1.1, rotary_dim, interleaved)
+    query = operands(len(lengths), (8, 2), (query_tokens, 1), head_dim, dtype, seed=9)[0]
+    out, lse = cache.attend(query, scaling, return_lse=True, backend="cuda")
+    held = gathered(cache.pages, torch.float64)
+    exact, exact_lse = lk.reference.attention(query, *held, scaling, key_length=cache.length, return_lse=True)
+    problem = testing.Problem(query, *[x.to(dtype) for x in held], scaling, {"key_length": cache.length})
+    plain, plain_lse = testing.plain_attention(problem)
+    testing.assert_within_error_rule("out", out, plain, exact, 1e-5)
+    testing.assert_within_error_rule("lse", lse, plain_lse, exact_lse, 1e-5)
+
+
+def test_every_kind_of_cache_obeys_the_error_rule(emulated):
+    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+    @given(
+        st.sampled_from(DTYPES),
+        st.sampled_from([40, 64, 80, 96, 128, 256]),
+        st.lists(st.integers(1, 700), min_size=1, max_size=3),
+        st.sampled_from(KINDS),
+        st.sampled_from([1, 2, 4, 5, 21]),
+        st.booleans(),
+        st.sampled_from([0.0, 0.5, 1.0]),
+    )
+    def holds(dtype, head_dim, lengths, kind, query_tokens, interleaved, share):
+        rotary_dim = int(head_dim * share) // 2 * 2
+        check_cache(dtype, head_dim, lengths, kind, query_tokens, interleaved, max(rotary_dim, 2))
+
+    holds()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_tokens", [None, 7, 64])
+@pytest.mark.parametrize("query_tokens", [1, 4, 30])
+def test_reading_a_cache_gives_the_bits_of_attention_over_its_keys(emulated, dtype, page_tokens, query_tokens):
+    lengths = [600, 77]
+    cache, key, value = filled(lengths, dtype, False, page_tokens)
+    query = operands(2, (8, 2), (query_tokens, 1), dtype=dtype)[0]
+    out, lse = cache.attend(query, LADDER, return_lse=True, window=400, backend="cuda")
+    expected = lk.attention(
+        query, key, value, LADDER, key_length=torch.tensor(lengths), return_lse=True, window=400, backend="cuda"
+    )
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_packed_sequence_gives_the_bits_it_gives_alone(emulated, is_causal):
+    query_lengths, key_lengths = [3, 60, 0, 1, 20], [700, 60, 4, 1, 90]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(sum(lengths), heads, 64, generator=generator).bfloat16()
+        for lengths, heads in ((query_lengths, 4), (key_lengths, 2), (key_lengths, 2))
+    )
+    bounds = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (query_lengths, key_lengths)]
+    options = {"is_causal": is_causal, "window": 500, "softcap": 20.0, "return_lse": True, "backend": "cuda"}
+    out, lse = lk.attention_varlen(q, k, v, *bounds, LADDER, **options)
+    for b, count in enumerate(query_lengths):
+        rows, slots = (slice(int(x[b]), int(x[b + 1])) for x in bounds)
+        if count == 0:
+            continue
+        alone = [x[part].transpose(0, 1).unsqueeze(0) for x, part in ((q, rows), (k, slots), (v, slots))]
+        one, one_lse = lk.attention(*alone, LADDER, **options)
+        assert torch.equal(out[rows], one[0].transpose(0, 1))
+        assert torch.equal(lse[:, rows], one_lse[0])
+
+
+def test_the_longest_sequence_of_a_batch_changes_no_bit_of_the_others(emulated):
+    """Splits are counted from a sequence's first key, and those it does not have are skipped."""
+    q, k, v = operands(2, (8, 2), (1, 1300))
+    length = torch.tensor([520, 1300])
+    together = lk.attention(q, k, v, LADDER, key_length=length, backend="cuda")
+    alone = lk.attention(q[:1], k[:1, :, :520], v[:1, :, :520], LADDER, backend="cuda")
+    assert torch.equal(together[:1], alone)
