@@ -1,4 +1,4 @@
-"""Build the native module with CMake; without a compiler, install the Python packages alone and say so."""
+"""Build the native modules with CMake; without a compiler, install the Python packages alone and say so."""
 
 from __future__ import annotations
 
@@ -13,23 +13,32 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
-MODE = os.environ.get("LONGROPE_KERNELS_BUILD", "auto")
 SANITIZE = os.environ.get("LONGROPE_KERNELS_SANITIZE") == "1"
-if MODE not in ("auto", "0", "1"):
-    raise SystemExit(f"LONGROPE_KERNELS_BUILD: got {MODE!r}, expected auto, 0 or 1")
+
+
+def mode_of(variable: str) -> str:
+    """Return auto (the default), 0 (leave the module out) or 1 (fail without it)."""
+    mode = os.environ.get(variable, "auto")
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"{variable}: got {mode!r}, expected auto, 0 or 1")
+    return mode
+
+
+MODE = mode_of("LONGROPE_KERNELS_BUILD")
+# Without the CPU kernels none for CUDA either; sanitizers are for the CPU's.
+CUDA_MODE = "0" if MODE == "0" or SANITIZE else mode_of("LONGROPE_KERNELS_CUDA")
 
 
 class BuildFailed(Exception):
-    """Why the native module could not be built, in one line."""
+    """Why a native module could not be built, in one line."""
 
 
 class CMakeBuild(build_ext):
-    """Builds `longrope_kernels._cpu`. LONGROPE_KERNELS_BUILD: auto (default), 1 (fail without it), 0 (leave it out)."""
+    """Builds `longrope_kernels._cpu` and, where nvcc is found, `longrope_kernels._cuda`."""
 
     def run(self) -> None:
         try:
-            for extension in self.extensions:
-                self.cmake(extension)
+            self.cmake("_cpu")
         except BuildFailed as failure:
             if MODE == "1":
                 raise SystemExit(f"longrope-kernels: {failure}") from None
@@ -38,11 +47,26 @@ class CMakeBuild(build_ext):
                 "runs, up to 100 times slower (LONGROPE_KERNELS_BUILD=1 fails instead)",
                 file=sys.stderr,
             )
-            for extension in self.extensions:  # that of an earlier build does not belong to these sources
-                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
-            self.extensions = []
+            self.leave_out("_cpu", "_cuda")
+            return
+        try:
+            if CUDA_MODE == "0":
+                self.leave_out("_cuda")
+            else:
+                self.cmake("_cuda")
+        except BuildFailed as failure:
+            if CUDA_MODE == "1":
+                raise SystemExit(f"longrope-kernels: {failure}") from None
+            print(f"longrope-kernels: {failure}; installing without CUDA kernels", file=sys.stderr)
+            self.leave_out("_cuda")
 
-    def cmake(self, extension: Extension) -> None:
+    def leave_out(self, *names: str) -> None:
+        """Do without a module; that of an earlier build does not belong to these sources."""
+        for name in names:
+            Path(self.get_ext_fullpath(f"longrope_kernels.{name}")).unlink(missing_ok=True)
+        self.extensions = [x for x in self.extensions if x.name.rpartition(".")[2] not in names]
+
+    def cmake(self, name: str) -> None:
         cmake = shutil.which("cmake")
         if cmake is None:
             raise BuildFailed("cmake not found (pip install cmake)")
@@ -57,10 +81,16 @@ class CMakeBuild(build_ext):
         except ImportError:
             raise BuildFailed("pybind11 not found (pip install pybind11)") from None
 
-        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        options = []
+        if name == "_cuda":
+            nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+            if nvcc is None:
+                raise BuildFailed("nvcc not found (it comes with the CUDA toolkit, 12 or newer)")
+            options = ["-DLONGROPE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+        target = Path(self.get_ext_fullpath(f"longrope_kernels.{name}")).resolve()
         ninja = shutil.which("ninja")
         # A folder for each answer that a CMake cache cannot change later.
-        kind = ("ninja" if ninja else "make", *(["sanitize"] if SANITIZE else []))
+        kind = ("ninja" if ninja else "make", *(["sanitize"] if SANITIZE else []), *(["cuda"] if options else []))
         build = ROOT / "build" / "-".join(("cmake", str(sys.implementation.cache_tag), *kind))
         build.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -74,6 +104,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'out'}",
             f"-DCMAKE_CXX_COMPILER={compiler}",
             f"-DLONGROPE_SANITIZE={'ON' if SANITIZE else 'OFF'}",
+            *options,
         ]
         if ninja:  # said anew each time: that of an isolated build is gone with its environment
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -86,7 +117,7 @@ class CMakeBuild(build_ext):
                 first = errors[0].strip() if errors else "no message"
                 raise BuildFailed(f"building failed: {first} (all of it: {log})")
         target.parent.mkdir(parents=True, exist_ok=True)
-        built = next((build / "out").glob("_cpu*"))
+        built = next((build / "out").glob(f"{name}*"))
         part = target.with_name(f".{target.name}.part")
         shutil.copy2(built, part)
         os.replace(part, target)  # a process that runs the old module keeps it
@@ -101,6 +132,6 @@ setup(
         "longrope_kernels": ["py.typed", "backends/triton/configs.json"],
         "longrope": ["py.typed", "report/*.css"],
     },
-    ext_modules=[] if MODE == "0" else [Extension("longrope_kernels._cpu", sources=[])],
+    ext_modules=[Extension(f"longrope_kernels.{name}", sources=[]) for name in ("_cpu", "_cuda") if MODE != "0"],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,0 +1,102 @@
+"""The CUDA module as nvcc builds it: what ptxas and the SASS say, and how it behaves where there is no driver."""
+
+import hashlib
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import longrope_kernels as lk
+from longrope_kernels.backends import cuda
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / "build" / "nvcc"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+FORWARD, DECODE = "sm80/attention_forward.cu", "sm80/attention_decode.cu"
+KERNELS = sorted(str(x.relative_to(ROOT / "csrc" / "cuda")) for x in (ROOT / "csrc" / "cuda").rglob("*.cu"))
+SHARED_LIMIT = 99 << 10  # bytes a block may have on sm_86 and sm_89; sm_80 and sm_90 have more
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc not found")
+
+
+def cuobjdump():
+    """The disassembler of the CUDA toolkit, or the one that Triton brings."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        found = shutil.which("cuobjdump", path=Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return found
+
+
+def compiled(source, target):
+    """Return the cubin of a kernel file for a target and what ptxas said about it; cached by content."""
+    headers = sorted(x for x in (ROOT / "csrc").rglob("*") if x.suffix in (".h", ".cuh"))
+    path = ROOT / "csrc" / "cuda" / source
+    digest = hashlib.sha256(b"".join(x.read_bytes() for x in [*headers, path]) + str(NVCC).encode()).hexdigest()[:20]
+    cubin = CACHE / f"{path.stem}-{target}-{digest}.cubin"
+    report = cubin.with_suffix(".txt")
+    if not report.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        command = [NVCC, "-std=c++17", "-O3", f"-arch={target}", "-cubin", "-Xptxas", "-v", str(path), "-o", str(cubin)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        report.write_text(result.stdout + result.stderr)
+    return cubin, report.read_text()
+
+
+def sass(cubin):
+    if cuobjdump() is None:
+        pytest.skip("cuobjdump not found (the CUDA toolkit and Triton have one)")
+    return subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+
+
+def cases(*quick):
+    return [pytest.param(x, marks=[] if x in quick else pytest.mark.slow) for x in KERNELS]
+
+
+@needs_nvcc
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("target", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("source", cases(FORWARD))
+def test_kernels_keep_to_their_registers(source, target):
+    _, report = compiled(source, target)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert frames
+    assert all(frame == ("0", "0", "0") for frame in frames), report
+    assert "warning" not in report
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", cases(FORWARD))
+def test_the_machine_code_has_what_the_kernels_are_made_of(source):
+    code = sass(compiled(source, "sm_80")[0])
+    assert not re.search(r"\b(LDL|STL)\b", code), "local memory"
+    assert not re.search(r"\bMUFU\.(SIN|COS)\b", code), "a sine that is not ours"
+    if source in (FORWARD, DECODE):
+        for instruction in (r"HMMA\.16816\.F32\.BF16", r"HMMA\.16816\.F32\b", "LDSM", "LDGSTS", r"MUFU\.EX2"):
+            assert re.search(instruction, code), instruction
+
+
+@needs_nvcc
+def test_bulk_memory_is_accessed_16_bytes_at_a_time():
+    code = sass(compiled(FORWARD, "sm_80")[0])
+    assert re.search(r"LDGSTS\.E\.BYPASS\.128", code) or re.search(r"LDGSTS\.E\.BYPASS.*\.128", code)
+    assert re.search(r"STG\.E\.128", code)
+    assert re.search(r"LDSM\.16\.MT88\.4", code), "ldmatrix.x4.trans"
+
+
+@pytest.mark.skipif(cuda._native is None or torch.cuda.is_available(), reason="needs the module and no GPU")
+def test_without_a_driver_the_module_imports_and_says_so_on_use():
+    assert "no NVIDIA GPU" in cuda.unavailable_reason()
+    q = torch.zeros(1, 1, 1, 64, dtype=torch.float16)
+    with pytest.raises(lk.BackendUnavailableError, match="no NVIDIA GPU"):
+        lk.apply_rope(q, q, lk.RopeScaling(64, 1e4), backend="cuda")
+    absent = ((0, 0, 0, 0), (0, 0, 0, 0), 0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match=r"driver|no CUDA-capable device"):
+        cuda._native.apply_rope(
+            ((1, 1, 1, 1), (1, 1, 1, 1), 1, 1, 1, 1), absent, (0, 0, 0, 0, 0, 32, 0), 1, 64, 1, False, 0
+        )
