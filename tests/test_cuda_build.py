@@ -18,7 +18,6 @@ CACHE = ROOT / "build" / "nvcc"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 FORWARD, DECODE = "sm80/attention_forward.cu", "sm80/attention_decode.cu"
 KERNELS = sorted(str(x.relative_to(ROOT / "csrc" / "cuda")) for x in (ROOT / "csrc" / "cuda").rglob("*.cu"))
-SHARED_LIMIT = 99 << 10  # bytes a block may have on sm_86 and sm_89; sm_80 and sm_90 have more
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc not found")
 

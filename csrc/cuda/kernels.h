@@ -9,6 +9,9 @@
 
 namespace longrope {
 
+// Bytes of shared memory that a block may have on every GPU from sm_80 on; the least is that of sm_86 and sm_89.
+constexpr int kSharedLimit = 99 << 10;
+
 // Memory that a call needs besides its operands.
 struct AttentionScratch {
     Operand key,

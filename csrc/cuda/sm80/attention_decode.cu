@@ -41,6 +41,7 @@ struct Shape {
     // The warps' sums, in the place of the stages: fp32 [warps][16][head_dim + 2].
     static constexpr int kSumStride = kHeadDim + 2;
     static_assert(kWarps * kDecodeRows * kSumStride * 4 <= kSharedBytes - kStages, "the sums do not fit the stages");
+    static_assert(kSharedBytes <= kSharedLimit, "the tiles do not fit sm_86");
     static_assert(kSplitKeys % kKeys == 0 && kKeyGroup % kKeys == 0, "a tile lies in one run and one group");
 
     static LONGROPE_DEVICE SharedAddress stage(int i) { return kStages + i * kStageBytes; }

@@ -3,8 +3,9 @@
 //     S = q k^T     m' = max(m, rowmax S)     P = 2^(S - m')     l = l 2^(m - m') + rowsum P     O = O 2^(m - m') + P v
 //
 // A block takes rows of one (sequence, key head): 4 warps of 16 or 32 rows, over tokens and the query heads that share
-// the key head. It rotates its queries into shared memory once and walks the tiles of 64 keys that its rows see. Keys
-// come rotated (prepare_keys: one pass over the keys, a part in a thousand of the work where there are many rows).
+// the key head. It rotates its queries into shared memory once and walks the tiles of 64 (or 32) keys that its rows
+// see. Keys come rotated (prepare_keys: one pass over the keys, a part in a thousand of the work where there are many
+// rows).
 //
 // The copy of a tile's values runs under the product with its keys, the copy of the next keys under the softmax and the
 // product with the values: one buffer of each is enough, and two blocks fit on a multiprocessor.
@@ -30,12 +31,14 @@ template <int kHeadDim>
 struct Shape {
     // Two row tiles a warp halve the reads of keys and values from shared memory; at 256 the registers hold one.
     static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1;
+    // With 64 keys the registers of a head_dim of 96 or 128 spill.
     static constexpr int kKeys = kHeadDim == 96 || kHeadDim == 128 ? 32 : 64;
     static constexpr int kRows = 16 * kRowTiles * kWarps, kSteps = kHeadDim / 16;
     using QueryTile = Tile<kRows, kHeadDim>;
     using KeyTile = Tile<kKeys, kHeadDim>;
     static constexpr int kSeen = QueryTile::kBytes + 2 * KeyTile::kBytes;
     static constexpr int kSharedBytes = kSeen + kRows * 8;
+    static_assert(kSharedBytes <= kSharedLimit, "the tiles do not fit sm_86");
 
     // Where the interval of keys that a row sees is kept: low and high, int32.
     LONGROPE_DEVICE static SharedAddress seen_of(int row) { return kSeen + row * 8; }
