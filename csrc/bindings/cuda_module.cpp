@@ -28,6 +28,17 @@ AttentionScratch scratch(const py::tuple& t) {
             t[6].cast<int64_t>()};
 }
 
+// (query, key, delta address, query_part address, key_part address, row_blocks, key_blocks)
+BackwardScratch backward_scratch(const py::tuple& t) {
+    return {operand(t[0].cast<py::tuple>()),
+            operand(t[1].cast<py::tuple>()),
+            pointer<float>(t[2].cast<uintptr_t>()),
+            pointer<double>(t[3].cast<uintptr_t>()),
+            pointer<double>(t[4].cast<uintptr_t>()),
+            t[5].cast<int64_t>(),
+            t[6].cast<int64_t>()};
+}
+
 // Addresses of a, b, c and out, dtype, transposed.
 ProbeParams probe(const py::tuple& t) {
     return {pointer<void>(t[0].cast<uintptr_t>()),    pointer<void>(t[1].cast<uintptr_t>()),
@@ -58,6 +69,23 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
     m.def("attention_combine", [](const py::tuple& arguments, const py::tuple& extra, uintptr_t stream) {
         attention_combine(attention_params(arguments), scratch(extra), stream_of(stream));
     });
+    m.def("prepare_queries", [](const py::tuple& arguments, const py::tuple& rotated, uintptr_t stream) {
+        prepare_queries(attention_params(arguments), operand(rotated), stream_of(stream));
+    });
+    // Arguments, (grad_out, grad_lse address, grad_query, grad_key, grad_value), scratch.
+    m.def("attention_backward_sm80",
+          [](const py::tuple& arguments, const py::tuple& gradients, const py::tuple& extra, uintptr_t stream) {
+              const AttentionBackwardParams params{attention_params(arguments),
+                                                   operand(gradients[0].cast<py::tuple>()),
+                                                   pointer<const float>(gradients[1].cast<uintptr_t>()),
+                                                   operand(gradients[2].cast<py::tuple>()),
+                                                   operand(gradients[3].cast<py::tuple>()),
+                                                   operand(gradients[4].cast<py::tuple>()),
+                                                   nullptr};
+              attention_backward_sm80(params, backward_scratch(extra), stream_of(stream));
+          });
+    m.attr("BACKWARD_ROWS") = kBackwardRows;
+    m.attr("BACKWARD_KEYS") = kBackwardKeys;
     m.attr("SPLIT_KEYS") = kSplitKeys;
     m.attr("KEY_GROUP") = kKeyGroup;
     m.def("probe_load_matrices",

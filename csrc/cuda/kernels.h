@@ -37,6 +37,23 @@ constexpr int kSplitKeys = 512;
 void attention_decode_sm80(const AttentionParams& params, const AttentionScratch& scratch, Stream stream);
 void attention_combine(const AttentionParams& params, const AttentionScratch& scratch, Stream stream);
 
+// Memory of the backward pass.
+struct BackwardScratch {
+    Operand query, key;  // rotated
+    float* delta;        // of the strides of lse: rowsum(grad_out * out) - grad_lse
+    // Parts of the gradient of the frequencies, double [batch, key_heads, row_blocks or key_blocks, pairs], zeros to
+    // begin with; null: not wanted.
+    double *query_part, *key_part;
+    int64_t row_blocks, key_blocks;
+};
+
+// Rotates every query into `rotated`.
+void prepare_queries(const AttentionParams& params, const Operand& rotated, Stream stream);
+
+// Gradients of attention up to head_dim 128; `grad_inv_freq` of `params` is not written, its parts are.
+constexpr int kBackwardRows = 64, kBackwardKeys = 64;
+void attention_backward_sm80(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream);
+
 // Registers of a warp, lane after lane, in and out of one instruction (probes.cu).
 struct ProbeParams {
     const void *a, *b, *c;

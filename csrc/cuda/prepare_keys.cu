@@ -52,6 +52,30 @@ prepare_keys_kernel(const PrepareLaunch launch) {
     }
 }
 
+struct QueryLaunch {
+    AttentionParams params;
+    Operand rotated;
+};
+
+// The same for queries.
+template <class T, bool kChunks>
+LONGROPE_KERNEL(kThreads)
+prepare_queries_kernel(const QueryLaunch launch) {
+    const AttentionParams& p = launch.params;
+    const int units = units_of<kChunks>(p);
+    const int64_t of_sequence = (p.query_tokens * units + kThreads - 1) / kThreads;
+    const Sequence s(p, block_index() / of_sequence);
+    const int64_t at = block_index() % of_sequence * kThreads + thread_index();
+    const int64_t i = at / units;
+    if (i >= s.query_count) return;
+    const int unit = static_cast<int>(at % units);
+    const Regime regime = regime_of(p.rotation, s.b);
+    const Angles<kChunks> angles = angles_of<kChunks>(regime, unit, s.query_position(p, i), false);
+    for (int64_t head = 0; head < p.query_heads; ++head)
+        rotate_unit(regime, unit, angles, GlobalRow<T>{s.query_row<T>(p.query, head, i)},
+                    GlobalRow<T>{s.query_row<T>(launch.rotated, head, i)});
+}
+
 // Values of a cache as rows of T: a thread takes one chunk of one value of every key head.
 template <class T>
 LONGROPE_KERNEL(kThreads)
@@ -94,7 +118,24 @@ void run_of(const AttentionParams& p, const AttentionScratch& scratch, Stream st
     run<T, false>(p, scratch, stream);
 }
 
+template <class T, bool kChunks>
+void run_queries(const AttentionParams& p, const Operand& rotated, Stream stream) {
+    const int64_t of_sequence = (p.query_tokens * units_of<kChunks>(p) + kThreads - 1) / kThreads;
+    launch(prepare_queries_kernel<T, kChunks>, of_sequence * p.batch, kThreads, 0, QueryLaunch{p, rotated}, stream);
+}
+
+template <class T>
+void run_queries_of(const AttentionParams& p, const Operand& rotated, Stream stream) {
+    if (p.rotation.pairs % 8 == 0) return run_queries<T, true>(p, rotated, stream);
+    run_queries<T, false>(p, rotated, stream);
+}
+
 }  // namespace
+
+void prepare_queries(const AttentionParams& params, const Operand& rotated, Stream stream) {
+    if (params.dtype == Dtype::kFloat16) return run_queries_of<Half>(params, rotated, stream);
+    run_queries_of<BFloat16Bits>(params, rotated, stream);
+}
 
 void prepare_keys(const AttentionParams& params, const AttentionScratch& scratch, Stream stream) {
     if (params.dtype == Dtype::kFloat16) return run_of<Half>(params, scratch, stream);

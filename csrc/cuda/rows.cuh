@@ -78,6 +78,19 @@ struct SharedRow {
     LONGROPE_DEVICE void store1(int dim, float x) const { store_shared(tile.element(row, dim), narrow<T>(x)); }
 };
 
+// In shared memory, fp32 one after another.
+struct SharedFloatRow {
+    SharedAddress row;
+
+    LONGROPE_DEVICE Float8 load8(int chunk) const {
+        Float8 x;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x.at[i] = load1(chunk * 8 + i);
+        return x;
+    }
+    LONGROPE_DEVICE float load1(int dim) const { return load_shared<float>(row + 4 * dim); }
+};
+
 // In shared memory, int8 as it came from a cache, with a scale per channel there too.
 struct SharedQuantisedRow {
     SharedAddress row, scale;

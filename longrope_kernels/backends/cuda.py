@@ -8,6 +8,7 @@ CPU tensors where this backend is forced, and every access they make is checked.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -58,6 +59,8 @@ def supports(op: str, query: Tensor) -> str | None:
         return f"no {query.dtype} kernels"
     if op != "apply_rope" and (query.shape[-1] % 8 or query.shape[-1] > 256):
         return f"head_dim {query.shape[-1]} is not a multiple of 8 up to 256"
+    if op.endswith("backward") and query.shape[-1] > 128:
+        return f"no backward kernels for head_dim {query.shape[-1]}, which is above 128"
     return None
 
 
@@ -106,6 +109,49 @@ def attention(
         scratch = torch.empty(key.shape, dtype=key.dtype, device=key.device)
         call.prefill((scratch, native.operand(scratch)), None, key.shape[2])
     return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rotation: Rotation,
+    geometry: Geometry,
+    want_inv_freq: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients recomputed from lse; no atomics, the same bits in every run."""
+    query, key, value, out, grad_out = (_aligned(x) for x in (query, key, value, out, grad_out))
+    lse = lse.contiguous()
+    arguments, keep = native.batch_arguments(query, key, value, out, lse, rotation, geometry)
+    tokens = query.shape[2], key.shape[2]
+    call = _Attention(arguments, [query, key, value, *keep], [out, lse])
+    return call.backward(grad_out, grad_lse, native.operand, tokens, rotation, want_inv_freq)
+
+
+def attention_varlen_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rotation: Rotation,
+    geometry: Geometry,
+    packing: Packing,
+    want_inv_freq: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attention_varlen`."""
+    query, key, value, out, grad_out = (_aligned(x) for x in (query, key, value, out, grad_out))
+    lse = lse.contiguous()
+    arguments, keep = native.packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
+    tokens = tuple(int(x.diff().max()) if packing.batch else 0 for x in (packing.query_bounds, packing.key_bounds))
+    call = _Attention(arguments, [query, key, value, *keep], [out, lse])
+    return call.backward(grad_out, grad_lse, native.packed_operand, tokens, rotation, want_inv_freq)
 
 
 def attention_varlen(
@@ -184,6 +230,65 @@ class _Attention:
         extra = ((0, 0, 0, 0), (0, 0, 0, 0), key_tokens, partial.data_ptr(), lse.data_ptr(), splits, rows)
         _call("attention_decode_sm80", (self.arguments, extra), self.reads, [partial, lse])
         _call("attention_combine", (self.arguments, extra), [*self.reads, partial, lse], self.writes)
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        operand: Callable[[Tensor], tuple[int, int, int, int]],
+        tokens: tuple[int, ...],
+        rotation: Rotation,
+        want_inv_freq: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rotate queries and keys into scratch memory, run the kernels, add up the parts of the frequencies' gradient.
+
+        Args:
+            operand: how the native module addresses a tensor like the query.
+            tokens: queries and keys of the longest sequence.
+        """
+        assert _native is not None
+        query, key, value, *keep = self.reads
+        out, lse = self.writes
+        # Tokens outside every sequence are not written: their gradient is 0.
+        grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+        d_inv_freq = torch.zeros_like(rotation.inv_freq)
+        if query.numel() == 0 or key.numel() == 0:
+            return grads[0], grads[1], grads[2], d_inv_freq
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.float().contiguous()
+        rotated = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
+        delta = torch.empty_like(lse)
+        batch, query_heads, key_heads, _, _ = self.arguments[14]
+        row_blocks = -(-tokens[0] * (query_heads // key_heads) // _native.BACKWARD_ROWS)
+        key_blocks = -(-tokens[1] // _native.BACKWARD_KEYS)
+        pairs = d_inv_freq.shape[1]
+        parts = [
+            torch.zeros(batch, key_heads, blocks, pairs, dtype=torch.float64, device=query.device)
+            for blocks in (row_blocks, key_blocks)
+        ]
+        reads = [query, key, *keep]
+        _call("prepare_queries", (self.arguments, operand(rotated[0])), reads, [rotated[0]])
+        _call(
+            "prepare_keys",
+            (self.arguments, (operand(rotated[1]), (0, 0, 0, 0), tokens[1], 0, 0, 0, 0)),
+            reads,
+            [rotated[1]],
+        )
+        gradients = (operand(grad_out), grad_lse.data_ptr(), *map(operand, grads))
+        at = [x.data_ptr() if want_inv_freq else 0 for x in parts]
+        extra = (*map(operand, rotated), delta.data_ptr(), *at, row_blocks, key_blocks)
+        _call(
+            "attention_backward_sm80",
+            (self.arguments, gradients, extra),
+            [grad_out, grad_lse, value, out, lse, *rotated, *keep],
+            [*grads, delta, *parts],
+        )
+        if want_inv_freq:
+            # Not index_add_, whose order on a GPU is not fixed.
+            by_sequence = torch.cat(parts, dim=2).sum((1, 2))
+            regimes = torch.arange(d_inv_freq.shape[0], device=query.device)
+            of_regime = (rotation.regime_index.unsqueeze(0) == regimes.unsqueeze(1)).unsqueeze(-1)
+            d_inv_freq = torch.where(of_regime, by_sequence.unsqueeze(0), 0.0).sum(1)
+        return grads[0], grads[1], grads[2], d_inv_freq
 
 
 def _rotate(

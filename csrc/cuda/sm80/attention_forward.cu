@@ -10,11 +10,11 @@
 // The copy of a tile's values runs under the product with its keys, the copy of the next keys under the softmax and the
 // product with the values: one buffer of each is enough, and two blocks fit on a multiprocessor.
 //
-// Operations: 4 head_dim per visible score on the tensor cores (at head_dim 128 and 32 rows a warp, 64 x 128 x 32 x 2
-// multiply-adds a warp and tile: 512 cycles of an A100's quarter), about 12 fp32 instructions and one exp2 per score.
-// Bytes: queries and output once; keys and values once per row block, from L2; from shared memory 8 bytes per row and
-// key tile column, half of what the tensor cores take the time for. Bound by the tensor cores; at head_dim 64 as much
-// by exp2 (16 a cycle).
+// Operations: 4 head_dim per visible score on the tensor cores (at head_dim 128 a warp's tile of 32 rows and 32 keys is
+// 1,024 cycles of an A100's quarter), about 12 fp32 instructions and one exp2 per score. Bytes: queries and output
+// once; keys and values once per row block, from L2; a warp reads its queries, keys and values from shared memory for
+// every tile, 24 KB at head_dim 128, for which a multiprocessor takes three quarters of the time its tensor cores take.
+// Bound by the tensor cores; at head_dim 64 as much by exp2 (16 a cycle).
 //
 // A row's bits depend on its own interval of keys alone: tiles are counted from a sequence's first key, and a tile of
 // which a row sees nothing multiplies its sums by 1 and adds 0.
