@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "nvcc"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 FORWARD, DECODE = "sm80/attention_forward.cu", "sm80/attention_decode.cu"
+BACKWARD = "sm80/attention_backward.cu"
 KERNELS = sorted(str(x.relative_to(ROOT / "csrc" / "cuda")) for x in (ROOT / "csrc" / "cuda").rglob("*.cu"))
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc not found")
@@ -75,7 +76,7 @@ def test_the_machine_code_has_what_the_kernels_are_made_of(source):
     code = sass(compiled(source, "sm_80")[0])
     assert not re.search(r"\b(LDL|STL)\b", code), "local memory"
     assert not re.search(r"\bMUFU\.(SIN|COS)\b", code), "a sine that is not ours"
-    if source in (FORWARD, DECODE):
+    if source in (FORWARD, DECODE, BACKWARD):
         for instruction in (r"HMMA\.16816\.F32\.BF16", r"HMMA\.16816\.F32\b", "LDSM", "LDGSTS", r"MUFU\.EX2"):
             assert re.search(instruction, code), instruction
 
