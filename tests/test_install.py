@@ -157,6 +157,12 @@ def test_an_unknown_mode_is_one_line(mode, source):
     assert done.stderr == f"LONGROPE_KERNELS_BUILD: got {mode!r}, expected auto, 0 or 1\n"
 
 
+def test_an_unknown_mode_of_the_cuda_module_is_one_line(source):
+    done = build(source, "auto", LONGROPE_KERNELS_CUDA="yes")
+    assert done.returncode == 1
+    assert done.stderr == "LONGROPE_KERNELS_CUDA: got 'yes', expected auto, 0 or 1\n"
+
+
 @pytest.fixture
 def archive(tmp_path):
     """A source distribution of this tree."""

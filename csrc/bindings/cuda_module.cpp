@@ -69,6 +69,9 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
     m.def("attention_combine", [](const py::tuple& arguments, const py::tuple& extra, uintptr_t stream) {
         attention_combine(attention_params(arguments), scratch(extra), stream_of(stream));
     });
+    m.def("cache_append", [](const py::tuple& arguments, int64_t tokens, uintptr_t stream) {
+        cache_append(append_params(arguments), tokens, stream_of(stream));
+    });
     m.def("prepare_queries", [](const py::tuple& arguments, const py::tuple& rotated, uintptr_t stream) {
         prepare_queries(attention_params(arguments), operand(rotated), stream_of(stream));
     });

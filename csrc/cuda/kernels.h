@@ -54,6 +54,9 @@ void prepare_queries(const AttentionParams& params, const Operand& rotated, Stre
 constexpr int kBackwardRows = 64, kBackwardKeys = 64;
 void attention_backward_sm80(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream);
 
+// Appends up to `tokens` rows of key and value to a cache.
+void cache_append(const AppendParams& params, int64_t tokens, Stream stream);
+
 // Registers of a warp, lane after lane, in and out of one instruction (probes.cu).
 struct ProbeParams {
     const void *a, *b, *c;

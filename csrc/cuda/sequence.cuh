@@ -59,10 +59,14 @@ struct Slot {
     int64_t outer, token;
 };
 
+LONGROPE_DEVICE Slot slot_of(const Pages& pages, int64_t b, int64_t index) {
+    const uint32_t key = static_cast<uint32_t>(index), size = static_cast<uint32_t>(pages.page_tokens);
+    return {load_global(pages.block_table + b * pages.pages_per_sequence + key / size), key % size};
+}
+
 LONGROPE_DEVICE Slot slot_of(const AttentionParams& p, const Sequence& s, int64_t index) {
     if (p.pages.block_table == nullptr) return {s.b, s.key_start + index};
-    const uint32_t key = static_cast<uint32_t>(index), size = static_cast<uint32_t>(p.pages.page_tokens);
-    return {load_global(p.pages.block_table + s.b * p.pages.pages_per_sequence + key / size), key % size};
+    return slot_of(p.pages, s.b, index);
 }
 
 LONGROPE_DEVICE bool quantised(const AttentionParams& p) {
@@ -74,13 +78,15 @@ LONGROPE_DEVICE int64_t quantised_keys(const Sequence& s) {
     return s.key_length / kKeyGroup * kKeyGroup;
 }
 
-// Scales of the channels of the group that holds a slot, float[head_dim].
-LONGROPE_DEVICE const float* key_scale(const AttentionParams& p, const Slot& slot, int64_t head) {
+// Scales of the channels of the group that holds a slot, float[head_dim]; P has pages, key_heads and head_dim.
+template <class P>
+LONGROPE_DEVICE const float* key_scale(const P& p, const Slot& slot, int64_t head) {
     const int64_t groups = p.pages.page_tokens / kKeyGroup;
     return p.pages.key_scale + ((slot.outer * p.key_heads + head) * groups + slot.token / kKeyGroup) * p.head_dim;
 }
 
-LONGROPE_DEVICE const float* value_scale(const AttentionParams& p, const Slot& slot, int64_t head) {
+template <class P>
+LONGROPE_DEVICE const float* value_scale(const P& p, const Slot& slot, int64_t head) {
     return p.pages.value_scale + (slot.outer * p.key_heads + head) * p.pages.page_tokens + slot.token;
 }
 

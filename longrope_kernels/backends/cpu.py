@@ -213,20 +213,8 @@ def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: G
 def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> None:
     """Write the first `count[b]` of key and value [B, Hkv, T, D] behind the `length[b]` tokens of the cache."""
     assert _native is not None
-    page_arguments, keep = native.page_arguments(pages)
-    length, count = pages.length.contiguous(), count.contiguous()
-    _native.cache_append(
-        level(),
-        (
-            *(native.operand(x) for x in (key, value, pages.key, pages.value)),
-            page_arguments,
-            length.data_ptr(),
-            count.data_ptr(),
-            (key.shape[0], key.shape[1], key.shape[3]),
-            native.DTYPES[key.dtype],
-            torch.get_num_threads(),
-        ),
-    )
+    arguments, keep = native.append_arguments(key, value, pages, count)
+    _native.cache_append(level(), arguments)
     del keep
 
 

@@ -201,6 +201,14 @@ def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: G
     return out, lse
 
 
+def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> None:
+    """Write the first `count[b]` of key and value [B, Hkv, T, D] behind the `length[b]` tokens of the cache."""
+    key, value = _aligned(key), _aligned(value)
+    arguments, keep = native.append_arguments(key, value, pages, count)
+    cache = [x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale, pages.key_tail) if x is not None]
+    _call("cache_append", (arguments, key.shape[2]), [key, value, *keep], cache)
+
+
 class _Attention:
     """One call: what the native module takes, the memory that kernels read, and the memory that they write."""
 

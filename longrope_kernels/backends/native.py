@@ -88,6 +88,22 @@ def cache_arguments(
     return arguments, [*keep, *keep_pages]
 
 
+def append_arguments(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """Return what appending `count[b]` of key and value [B, Hkv, T, D] to a cache takes."""
+    in_pages, keep = page_arguments(pages)
+    length, count = pages.length.contiguous(), count.contiguous()
+    arguments = (
+        *(operand(x) for x in (key, value, pages.key, pages.value)),
+        in_pages,
+        length.data_ptr(),
+        count.data_ptr(),
+        (key.shape[0], key.shape[1], key.shape[3]),
+        DTYPES[key.dtype],
+        torch.get_num_threads(),
+    )
+    return arguments, [*keep, length, count]
+
+
 def call_arguments(
     operands: list[tuple[int, ...]],
     lse: tuple[int, int, int],

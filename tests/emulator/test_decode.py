@@ -30,6 +30,31 @@ def test_constants_are_those_of_python(emulated):
     assert emulated.KEY_GROUP == KEY_GROUP
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cuts", [[200], [63, 1, 64, 65, 7], [1, 1, 130]])
+def test_appending_leaves_the_bits_that_the_cpu_leaves(emulated, dtype, kind, cuts):
+    generator = torch.Generator().manual_seed(0)
+    caches = [lk.KVCache(2, 2, 40, 256, dtype, *kind) for _ in range(2)]
+    for cut in cuts:
+        key, value = (torch.randn(2, 2, cut, 40, generator=generator).to(dtype) for _ in range(2))
+        key[0, 0, 0, 0] = 0.0
+        for cache, backend in zip(caches, ("cuda", "cpu"), strict=True):
+            cache.append(key, value, torch.tensor([cut, cut // 2]), backend=backend)
+    for name in ("key", "value", "key_scale", "value_scale", "key_tail", "length"):
+        ours, theirs = (getattr(cache.pages, name) for cache in caches)
+        assert ours is None or torch.equal(ours, theirs), name
+
+
+def test_what_is_not_finite_poisons_its_scale(emulated):
+    key, value = (torch.ones(1, 1, 64, 32, dtype=torch.float16) for _ in range(2))
+    key[0, 0, 3, 5], value[0, 0, 7, 0] = torch.inf, torch.nan
+    cache = lk.KVCache(1, 1, 32, 64, torch.float16, quantised=True)
+    cache.append(key, value, backend="cuda")
+    assert cache.pages.key_scale[0, 0, 0].isnan().nonzero().flatten().tolist() == [5]
+    assert cache.pages.value_scale[0, 0].isnan().nonzero().flatten().tolist() == [7]
+
+
 def check_cache(dtype, head_dim, lengths, kind, query_tokens, interleaved, rotary_dim):
     cache, _, _ = filled(lengths, dtype, *kind, head_dim=head_dim)
     scaling = lk.RopeScaling(head_dim, 1e4, [2.0] * (rotary_dim // 2), 7, 1.1, rotary_dim, interleaved)
