@@ -49,11 +49,17 @@ def _load(name: str, sources: list[Path], changes: dict[str, str]) -> ModuleType
     CACHE.mkdir(parents=True, exist_ok=True)
     tree = CSRC
     if changes:
-        tree = CACHE / "changed" / hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:16]
+        whole = hashlib.sha256(repr(sorted(changes.items())).encode())
+        for path in sorted(x for x in CSRC.rglob("*") if x.is_file()):
+            whole.update(str(path).encode() + path.read_bytes())
+        tree = CACHE / "changed" / whole.hexdigest()[:16]
         if not tree.exists():
-            shutil.copytree(CSRC, tree)
-        for path, text in changes.items():
-            (tree / path).write_text(text)
+            part = tree.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(CSRC, part)
+            for name, text in changes.items():
+                (part / name).write_text(text)
+            part.rename(tree)
         sources = [tree / x.relative_to(CSRC) if x.is_relative_to(CSRC) else x for x in sources]
     headers = b"".join(x.read_bytes() for x in sorted(tree.rglob("*")) if x.suffix in (".h", ".cuh"))
     flags = [*FLAGS, f"-I{sysconfig.get_paths()['include']}", f"-I{_pybind11()}", f"-DLONGROPE_MODULE={name}"]
