@@ -57,8 +57,8 @@ def _load(name: str, sources: list[Path], changes: dict[str, str]) -> ModuleType
             part = tree.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(CSRC, part)
-            for name, text in changes.items():
-                (part / name).write_text(text)
+            for changed, text in changes.items():
+                (part / changed).write_text(text)
             part.rename(tree)
         sources = [tree / x.relative_to(CSRC) if x.is_relative_to(CSRC) else x for x in sources]
     headers = b"".join(x.read_bytes() for x in sorted(tree.rglob("*")) if x.suffix in (".h", ".cuh"))
