@@ -1,4 +1,4 @@
-"""Past the first block: shapes that cross the kernels' blocks of keys and rows, runs of a decode and groups of scratch."""
+"""Past the first block: shapes that cross blocks of keys and rows, runs of a decode, groups of scratch."""
 
 import math
 
@@ -8,7 +8,7 @@ from levels import every_level
 from torch.nn import functional
 
 import longrope_kernels as lk
-from longrope_kernels import backends, testing
+from longrope_kernels import testing
 from longrope_kernels.backends.composed import gathered
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -167,3 +167,48 @@ def test_a_prefill_whose_keys_exceed_the_scratch_is_done_in_groups():
         )
         cut.kwargs["key_positions"] = torch.arange(seen.start, seen.stop)
         testing.check_attention(lambda *_, b=b, **__: (out[b : b + 1], lse[b : b + 1]), cut)
+
+
+FIXED = {"square": (384, 384, 1), "chunk": (200, 1500, 1), "decode": (1, 2500, 8)}  # query tokens, key tokens, batch
+
+
+def assert_rms_within(attention, p, factor=1.1):
+    """The root mean square error of the output is at most `factor` times that of the plain computation."""
+    exact = lk.reference.attention(*p.operands, p.scaling)
+    actual, plain = (
+        (out.double() - exact).square().mean().sqrt().item()
+        for out in (attention(*p.operands, p.scaling), testing.plain_attention(p)[0])
+    )
+    assert actual <= factor * plain, f"RMS error {actual:.3g}, {actual / plain:.3g} x {plain:.3g} (plain)"
+
+
+def fixed(shape, dtype):
+    query_tokens, key_tokens, batch = FIXED[shape]
+    return problem(query_tokens, key_tokens, dtype, head_dim=64, batch=batch)
+
+
+@every_level
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", FIXED)
+def test_the_rms_error_is_that_of_the_plain_computation(shape, dtype, request):
+    if (shape, dtype) == ("chunk", torch.float32):
+        reason = "over 1,500 keys the float32 output has more than 1.1 x the RMS error of the plain computation"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError))
+    assert_rms_within(lk.attention, fixed(shape, dtype))
+
+
+@pytest.mark.parametrize("shape", FIXED)
+def test_the_rms_error_sees_a_bias_of_half_a_unit_in_the_last_place(shape):
+    def biased(*args):
+        out = lk.attention(*args)
+        return (out.float() * (1 + 2**-8)).to(out.dtype)
+
+    p = fixed(shape, torch.bfloat16)
+    testing.assert_within_error_rule(
+        "out",
+        biased(*p.operands, p.scaling),
+        testing.plain_attention(p)[0],
+        lk.reference.attention(*p.operands, p.scaling),
+    )  # the largest error does not see it
+    with pytest.raises(AssertionError, match="RMS error"):
+        assert_rms_within(biased, p)
