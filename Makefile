@@ -10,6 +10,8 @@ FULL_RUN ?= runs/full
 BUDGET_MINUTES ?= 180
 # A build that fails stops here; `auto` goes on without native kernels, 0 does not try.
 export LONGROPE_KERNELS_BUILD ?= 1
+# The CUDA module takes nvcc some minutes: by itself only where there is a GPU to use it.
+export LONGROPE_KERNELS_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
 SANITIZE_CXX ?= g++
 
 PY := $(VENV)/bin/python
@@ -63,7 +65,7 @@ sanitize: $(VENV)/.tools  ## the tests of the native module on an AddressSanitiz
 	LD_PRELOAD="$$($(SANITIZE_CXX) -print-file-name=libasan.so) $$($(SANITIZE_CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	    LONGROPE_KERNELS_SANITIZE=1 PYTHONPATH=$(abspath build/sanitize) \
-    $(VENV)/bin/pytest -m "not slow" -k "not reference and not suite_catches" $(SANITIZED_TESTS)
+	    $(VENV)/bin/pytest -m "not slow" -k "not reference and not suite_catches" $(SANITIZED_TESTS)
 
 test-emulator: $(VENV)/.built  ## the CUDA kernels in the emulator: many draws, every planted bug
 	LONGROPE_EMULATOR_EXAMPLES=150 $(PY) -m pytest tests/emulator
