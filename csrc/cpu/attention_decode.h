@@ -2,9 +2,10 @@
 //
 // One pass over the cache and no packing. Keys are split by index into runs of 2048, a task each, so that the bits do
 // not depend on how many threads there are; the runs' partial outputs are merged in order. Within a run, 32 keys at
-// consecutive positions p0 + j share their rotation: the query is rotated by its distance to p0, and key j by the angle
-// of j alone, from a table of 32 angles that all runs share and that stays in L1. No sine or cosine is computed for a
-// key. Blocks split at n-hat, where the frequencies change, and where a quantised cache's full-precision tail begins.
+// consecutive positions p0 + j share their rotation: the query is rotated by its distance to p0 (exactly at the run's
+// beginning, from there by a step that all runs share), and key j by the angle of j alone, from a table of 32 angles
+// that stays in L1. No sine or cosine is computed for a key. Blocks split at n-hat, where the frequencies change, and
+// where a quantised cache's full-precision tail begins.
 //
 // Scores are formed in fp32 from rotated operands that are never rounded: with the few rows of a decode step, the error
 // rule's largest error is over few numbers, and rounding both sides at other places than the plain computation breaks
@@ -12,8 +13,9 @@
 //
 // Bytes: each key and value is read once for all query heads that share it; the values of a block are asked for while
 // its keys are multiplied. Operations, in vectors of 16 and for head_dim 128 and 4 query rows in bf16: a key takes 16
-// to widen, 16 to rotate and 32 products; a value 16 to pair with its neighbour and 16 products; the transposition of
-// the sums 12. That is 108 for 512 bytes: bound by memory up to about 8 rows.
+// to widen, 16 to rotate and 32 products; a value 4 to pair with its neighbour and 16 products; the transposition of
+// the sums 11, the softmax 5. That is 100 for 512 bytes: where a core does two of them a cycle, 50 cycles, which is
+// what reading 512 bytes takes at 40 GB/s; where it does one, the operations bind.
 #pragma once
 
 #include <algorithm>
