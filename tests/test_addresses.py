@@ -13,7 +13,7 @@ import torch
 from levels import every_level
 
 import longrope_kernels as lk
-from longrope_kernels.backends import cpu
+from longrope_kernels.backends import cpu, native
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or sys.maxsize < 2**32, reason="maps 24 GiB of nothing")
 
@@ -52,7 +52,7 @@ def distant():
 @pytest.fixture
 def reached(monkeypatch):
     """How many operands the kernels were given with the large stride."""
-    count, given = [0], (cpu._operand, cpu._packed)
+    count, given = [0], (native.operand, native.packed_operand)
 
     def counted(operand):
         def described(x):
@@ -61,8 +61,8 @@ def reached(monkeypatch):
 
         return described
 
-    monkeypatch.setattr(cpu, "_operand", counted(given[0]))
-    monkeypatch.setattr(cpu, "_packed", counted(given[1]))
+    monkeypatch.setattr(native, "operand", counted(given[0]))
+    monkeypatch.setattr(native, "packed_operand", counted(given[1]))
     return lambda: count[0]
 
 

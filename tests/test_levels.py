@@ -6,7 +6,7 @@ from levels import LEVELS, every_level
 
 import longrope_kernels as lk
 from longrope_kernels import testing
-from longrope_kernels.backends import cpu
+from longrope_kernels.backends import cpu, native
 
 pytestmark = pytest.mark.skipif(not cpu.levels(), reason="the native module is not built")
 
@@ -55,7 +55,7 @@ def _arguments():
     query, key, value = operands()
     rotation, geometry = testing.bundles_of(testing.Problem(query, key, value, SCALING, {}))
     out, lse = torch.empty_like(query), torch.empty(query.shape[:-1])
-    return cpu._attention_arguments(query, key, value, out, lse, rotation, geometry)[0]
+    return native.batch_arguments(query, key, value, out, lse, rotation, geometry)[0]
 
 
 @every_level

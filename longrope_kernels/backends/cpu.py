@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -243,4 +244,6 @@ def _backward(
         *gradients,
         by_sequence.data_ptr() if inv_freq_gradient else 0,
     )
-    return d_inv_freq.index_add_(0, rotation.regime_index.long(), by_sequence)
+    # By numpy: torch's own starts threads, which a child of a fork does not have.
+    np.add.at(d_inv_freq.numpy(), rotation.regime_index.numpy(), by_sequence.numpy())
+    return d_inv_freq
