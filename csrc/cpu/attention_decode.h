@@ -129,10 +129,10 @@ class Decoder {
     const std::vector<int64_t>& sequences;
     int64_t pairs, half, rest, width, columns, group;
     bool in_place;  // rows are read where they lie; else they are spread into a buffer first
-    int most_rows = 0;
-    int64_t regimes = 1;
-    std::vector<int64_t> first_task = {
-        0};                // of each sequence: runs of its keys, for each group of rows of each key head
+    int64_t most_rows = 0, regimes = 1;
+    // Tasks are runs of keys, for each group of rows of each key head of each sequence: the first task of each
+    // sequence.
+    std::vector<int64_t> first_task = {0};
     int64_t blocks = 0;    // of a run, at most
     Buffer<float> tables;  // [regime][scaled or base][key of a block][cos of half, sin of half]
     Buffer<float> steps;   // [regime][block of a run][cos, sin]: of its distance to the run's beginning, backwards
@@ -638,13 +638,13 @@ class Decoder {
     void merge(int64_t b, int64_t head, int64_t first_row, const float* partial, int64_t run_elements) const {
         std::vector<float> total(columns);
         const int rows = static_cast<int>(std::min<int64_t>(row_count(b) - first_row, kDecodeRows));
-        const int64_t runs_of_sequence = runs(b);
+        const int64_t count = runs(b);
         for (int r = 0; r < rows; ++r) {
             float top = -std::numeric_limits<float>::infinity();
-            for (int64_t run = 0; run < runs_of_sequence; ++run) top = std::max(top, partial[run * run_elements + r]);
+            for (int64_t run = 0; run < count; ++run) top = std::max(top, partial[run * run_elements + r]);
             float sum = 0.0f;
             std::fill(total.begin(), total.end(), 0.0f);
-            for (int64_t run = 0; run < runs_of_sequence; ++run) {
+            for (int64_t run = 0; run < count; ++run) {
                 const float* from = partial + run * run_elements;
                 const float scale = std::isinf(from[r]) ? 0.0f : exp2v(splat(from[r] - top))[0];
                 sum += from[most_rows + r] * scale;
