@@ -12,12 +12,12 @@ from longrope.evaluate import paired_difference
 BLOCK, LENGTH = 16, 4096
 
 
-def record(losses: np.ndarray, window: str = "a", start: int = 0) -> dict[str, Any]:
+def record(losses: np.ndarray, window: str = "a", start: int = 0, block: int = BLOCK) -> dict[str, Any]:
     """Return the record of a window whose token losses, from position max(start, 1), are `losses`."""
-    sums = np.add.reduceat(losses, np.r_[0, np.arange(BLOCK - max(start, 1) % BLOCK, len(losses), BLOCK)])
+    sums = np.add.reduceat(losses, np.r_[0, np.arange(block - max(start, 1) % block, len(losses), block)])
     return {
         "window": window,
-        "block_tokens": BLOCK,
+        "block_tokens": block,
         "start": start,
         "length": max(start, 1) + len(losses),
         "block_nll": sums.tolist(),
@@ -72,6 +72,17 @@ def test_longer_blocks_widen_the_interval_of_correlated_losses() -> None:
     assert long.high - long.low > 1.5 * (short.high - short.low)
     assert (short.block_tokens, short.blocks) == (16, 256)
     assert (long.block_tokens, long.blocks) == (256, 16)
+
+
+def test_records_of_unequal_blocks_are_compared_by_the_coarser() -> None:
+    one, other = np.random.default_rng(7).normal(size=(2, LENGTH - 1))
+    same = paired_difference([record(one)], [record(other)], 1024, 4096)
+    for left, right in ((64, BLOCK), (BLOCK, 64)):
+        found = paired_difference([record(one, block=left)], [record(other, block=right)], 1024, 4096)
+        assert found.to_dict() == pytest.approx(same.to_dict(), abs=1e-12)
+    narrow = paired_difference([record(one, block=64)], [record(other)], 1024, 4096, block_tokens=48)
+    assert narrow.block_tokens == 64
+    assert narrow.mean == pytest.approx(same.mean, abs=1e-12)
 
 
 def test_a_method_beside_itself_differs_by_nothing() -> None:

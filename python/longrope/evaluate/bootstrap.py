@@ -66,19 +66,24 @@ def paired_difference(
     mean_total, mean_tokens, count = 0.0, 0, 0
     size = block_tokens
     for a, b in zip(one, other, strict=True):
-        if a["window"] != b["window"] or a["block_tokens"] != b["block_tokens"]:
+        if a["window"] != b["window"]:
             raise ValueError(f"records: got {a['window']} beside {b['window']}, expected the same window")
-        (left, counts), (right, _) = blocks(a, first, last), blocks(b, first, last)
-        merge = max(block_tokens // a["block_tokens"], 1)
-        size = merge * a["block_tokens"]
-        edges = np.arange(0, len(counts), merge)
-        difference = np.add.reduceat(left - right, edges)
-        number = np.add.reduceat(counts, edges)
-        drawn = random.multinomial(len(edges), np.full(len(edges), 1 / len(edges)), size=resamples)
+        coarse = max(a["block_tokens"], b["block_tokens"])  # a multiple of the other: both divide 64
+        size = coarse * max(block_tokens // coarse, 1)
+        (left, number), (right, _) = (merged(record, first, last, size) for record in (a, b))
+        difference = left - right
+        drawn = random.multinomial(len(number), np.full(len(number), 1 / len(number)), size=resamples)
         totals += drawn @ difference
         tokens += drawn @ number
         mean_total += float(difference.sum())
         mean_tokens += int(number.sum())
-        count += len(edges)
+        count += len(number)
     low, high = np.quantile(totals / tokens, (0.025, 0.975))
     return PairedDifference(mean_total / mean_tokens, float(low), float(high), count, size, len(one))
+
+
+def merged(record: dict[str, Any], first: int, last: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return sums of the losses and numbers of tokens over positions [first, last), `size` at a time."""
+    sums, counts = blocks(record, first, last)
+    edges = np.arange(0, len(counts), size // record["block_tokens"])
+    return np.add.reduceat(sums, edges), np.add.reduceat(counts, edges)
