@@ -86,7 +86,7 @@ def inspect(
 
     source = models.find(model)
     config = models.load_config(source)
-    rope = models.rope_of(config, original_length)
+    rope = models.rope_of(config, original_length, source)
     if to is not None:
         models.check_target(to, rope)
     found = inspect_rope(rope, model, config.model_type, to)
@@ -143,6 +143,45 @@ def search(
 
     with closing(context):
         run_search(context, spending)
+
+
+@app.command()
+def readjust(
+    model: Model,
+    lengths: Annotated[str, typer.Option(help="Tokens, comma-separated: a regime for texts of up to each.")],
+    factors: Annotated[Path | None, typer.Option(help="The ladder, a factor file. [that of MODEL]")] = None,
+    run_dir: RunDir = None,
+    text: Text = None,
+    heldout_text: HeldoutText = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    original_length: OriginalLength = None,
+    search_documents: SearchDocuments = None,
+    windows_per_document: Windows = None,
+    budget: Budget_ = None,
+    time_budget: TimeBudget = None,
+    population: Population = None,
+    iterations: Iterations = None,
+    mutations: Mutations = None,
+    crossovers: Crossovers = None,
+    mutation_probability: MutationProbability = None,
+    parents: Parents = None,
+    monotone: Monotone = None,
+    start_tokens: StartTokens = None,
+    seed: Seed = None,
+) -> None:
+    """Search factors of an extended model for shorter texts; writes a ladder to factors/readjusted.json."""
+    arguments = dict(locals())
+    from .options import open_readjustment, serves
+
+    if serves(model, threads):
+        return
+
+    context, ladder, spending = open_readjustment(**arguments, command=typed())
+    from .search.readjust import run_readjustment
+
+    with closing(context):
+        run_readjustment(context, ladder, context.request.lengths, spending)
 
 
 @app.command()

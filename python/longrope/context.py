@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import longrope_kernels as lk
 
 from . import data, models
 from .errors import UsageError, refuse
@@ -47,6 +48,8 @@ class Request:
     screen_keep: float = 0.34
     screen_controls: int = 0
     seed: int = 0
+    lengths: tuple[int, ...] = ()  # of a readjustment, whose `to` is the longest of them
+    ladder: str | None = None  # digest of the ladder that is readjusted
 
 
 @dataclass
@@ -75,22 +78,16 @@ class Context:
         source = models.find(request.model)
         with waiting(f"reading the configuration of {request.model}", 5.0 if source.gguf_file else None):
             config = models.load_config(source)
-        rope = models.rope_of(config, request.original_length)
-        models.check_target(request.to, rope)
-        original = rope.original_max_position_embeddings
-        start = original if request.score_from is None else request.score_from
-        if not original <= start < request.to:
-            refuse("--score-from", start, f"a position from the original length {original} to below {request.to}")
-        for length in request.screens:
-            if not start < length < request.to:
-                refuse("--screen", length, f"lengths between {start}, where scoring begins, and {request.to}")
+        if not request.lengths:
+            check_extension(request, models.rope_of(config, request.original_length, source))
         models.check_dtype(request.dtype)
         if threads is not None:
             models.set_threads(threads)
         dtype = models.default_dtype() if request.dtype == "auto" else request.dtype
         settings = {**request.__dict__, "dtype": dtype, "model_fingerprint": models.fingerprint(source)}
         extra = {"budget": budget or {}, "command": command, "versions": versions()}
-        run = RunDirectory(run_dir, settings, extra)
+        defaults = {field.name: field.default for field in fields(Request) if field.default is not MISSING}
+        run = RunDirectory(run_dir, settings, extra, defaults)
         if run.evaluations.torn:
             say(f"{run.evaluations.path}: the last line was cut short when the run was killed; it is dropped")
         if run.evaluations.records:
@@ -152,7 +149,7 @@ class Context:
         """s, target length over original length."""
         return self.request.to / self.original_length
 
-    @cached_property
+    @property
     def score_from(self) -> int:
         """First position the search scores, rounded down to a whole block of the log."""
         if self.request.score_from is None:
@@ -164,6 +161,18 @@ class Context:
         if self.team is not None:
             self.team.close()
         self.run.close()
+
+
+def check_extension(request: Request, rope: lk.LongRope) -> None:
+    """Refuse a target, a first position or screens that the model's own length rules out."""
+    models.check_target(request.to, rope)
+    original = rope.lengths[-1]
+    start = original if request.score_from is None else request.score_from
+    if not original <= start < request.to:
+        refuse("--score-from", start, f"a position from the original length {original} to below {request.to}")
+    for length in request.screens:
+        if not start < length < request.to:
+            refuse("--screen", length, f"lengths between {start}, where scoring begins, and {request.to}")
 
 
 def versions() -> dict[str, str]:

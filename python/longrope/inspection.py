@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,8 +31,10 @@ class Inspection:
     """The rotary embedding of a model.
 
     Attributes:
-        critical_pair: the first pair that turned less than once in training, ceil((d/2) log_theta(L / 2 pi)); PI, NTK
-            and YaRN all rest on it. LongRoPE2 found the one that matters in practice to lie lower.
+        critical_pair: the first pair that turned less than once in training, of a model without factors of its own
+            ceil((d/2) log_theta(L / 2 pi)); PI, NTK and YaRN all rest on it. LongRoPE2 found the one that matters in
+            practice to lie lower.
+        original_length: tokens it was trained on, where it was extended before, that length.
     """
 
     model: str
@@ -52,8 +55,7 @@ def inspect_rope(
     rope: lk.LongRope, model: str = "", model_type: str = "", target_length: int | None = None
 ) -> Inspection:
     """Compute the table from a model's rotary embedding; no weights are needed."""
-    scaling = rope.scalings[-1]
-    original = rope.original_max_position_embeddings
+    scaling, original = rope.scalings[-1], rope.lengths[-1]
     assert scaling.theta is not None
     pairs = []
     for pair, frequency in enumerate(scaling.inv_freq.tolist()):
@@ -68,19 +70,20 @@ def inspect_rope(
         scaling.theta,
         original,
         target_length,
-        critical_pair(scaling.rotary_dim, scaling.theta, original),
+        critical_pair(scaling.inv_freq.tolist(), original),
         tuple(pairs),
     )
 
 
-def critical_pair(rotary_dim: int, theta: float, original_length: int) -> int:
-    """Return the index of the first pair that turns less than once in `original_length` tokens.
+def critical_pair(inv_freq: Sequence[float], length: int) -> int:
+    """Return the index of the first pair that turns less than once in `length` tokens, or their number.
+
+    Args:
+        inv_freq: radians per token, as the pairs turn, factors included.
 
     Examples:
-        >>> critical_pair(96, 10000.0, 2048), critical_pair(128, 500000.0, 8192)
+        >>> phi3, llama3 = lk.RopeScaling(head_dim=96, theta=1e4), lk.RopeScaling(head_dim=128, theta=5e5)
+        >>> critical_pair(phi3.inv_freq.tolist(), 2048), critical_pair(llama3.inv_freq.tolist(), 8192)
         (31, 35)
     """
-    if original_length <= 2 * math.pi:
-        return 0
-    pair = math.ceil(rotary_dim / 2 * math.log(original_length / (2 * math.pi), theta))
-    return min(pair, rotary_dim // 2)
+    return next((pair for pair, turn in enumerate(inv_freq) if length * turn < 2 * math.pi), len(inv_freq))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import longrope_kernels as lk
-from longrope_kernels.integrations.transformers import MODEL_TYPES, disable, enable
+from longrope_kernels.integrations.transformers import MODEL_TYPES, SIDECAR, disable, enable
 
 from .errors import PipelineError, UsageError, one_line, refuse
 from .progress import quiet_transformers, waiting
@@ -57,7 +57,8 @@ class LoadedModel:
     """A model in memory and what its rotary embedding is.
 
     Attributes:
-        rope: the embedding it was trained with, one regime; PI, NTK, YaRN and candidates multiply its factors.
+        rope: the embedding it was trained with: one regime, or, where it was extended before, the ladder, whose last
+            regime PI, NTK, YaRN and candidates multiply.
     """
 
     source: Source
@@ -73,12 +74,12 @@ class LoadedModel:
 
     @property
     def original_length(self) -> int:
-        """Tokens it was trained on."""
-        return self.rope.original_max_position_embeddings
+        """Tokens it was trained on, or, where it was extended before, up to which it was."""
+        return self.rope.lengths[-1]
 
     @property
     def base(self) -> lk.RopeScaling:
-        """The regime it was trained with."""
+        """The regime it was trained with, the last where it was extended before."""
         return self.rope.scalings[-1]
 
     def use(self, rope: lk.LongRope) -> None:
@@ -93,8 +94,8 @@ class LoadedModel:
         self._in_use = None
 
     def extended(self, long: lk.RopeScaling, target_length: int) -> lk.LongRope:
-        """Return the ladder that is the original up to its length and `long` beyond it."""
-        return lk.LongRope(self.original_length, {self.original_length: self.base, target_length: long})
+        """Return the ladder that is the model's own up to its length and `long` beyond it."""
+        return lk.LongRope(self.rope.original_max_position_embeddings, {**self.rope.regimes, target_length: long})
 
 
 def find(name: str) -> Source:
@@ -142,8 +143,12 @@ def load_config(source: Source) -> Any:
     return _from_pretrained(source, AutoConfig.from_pretrained)
 
 
-def rope_of(config: Any, original_length: int | None = None) -> lk.LongRope:
-    """Return the embedding a model was trained with, as one regime.
+def rope_of(config: Any, original_length: int | None = None, source: Source | None = None) -> lk.LongRope:
+    """Return the embedding a model was trained with: one regime, or the ladder of one that was extended.
+
+    Args:
+        original_length: tokens it was trained on, where its configuration does not say so.
+        source: where it is; a `longrope.json` beside the configuration says what that cannot.
 
     Raises:
         UsageError: no RoPE, or a kind that cannot be extended; one line.
@@ -152,23 +157,26 @@ def rope_of(config: Any, original_length: int | None = None) -> lk.LongRope:
     if model_type not in MODEL_TYPES:
         refuse("MODEL", f"a {model_type} model", f"one with rotary embeddings of type {', '.join(MODEL_TYPES)}")
     try:
-        rope = lk.LongRope.from_config(config)
+        sidecar = None if source is None or source.gguf_file else source.file / SIDECAR
+        if sidecar is not None and sidecar.is_file():
+            rope = lk.LongRope.from_dict(json.loads(sidecar.read_text()))
+        else:
+            rope = lk.LongRope.from_config(config)
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(one_line(f"MODEL: {error}")) from error
-    if len(rope.regimes) > 1:
-        kind = (config.rope_parameters or {}).get("rope_type")
-        refuse("MODEL", f"rope_type {kind!r} with {len(rope.regimes)} sets of factors", "a model with one set")
     if rope.scalings[0].theta is None:
         refuse("MODEL", "frequencies without a theta", "a model whose configuration has a rope_theta")
     length = rope.lengths[-1] if original_length is None else original_length
     if length < 1:
         refuse("--original-length", length, "a number of tokens above 0")
-    return lk.LongRope(length, {length: rope.scalings[-1]})
+    shorter = {upto: scaling for upto, scaling in rope.regimes.items() if upto < min(length, rope.lengths[-1])}
+    first = rope.original_max_position_embeddings if shorter else length
+    return lk.LongRope(first, {**shorter, length: rope.scalings[-1]})
 
 
 def check_target(to: int, rope: lk.LongRope) -> None:
     """Refuse a target that is no extension of the original length."""
-    original = rope.original_max_position_embeddings
+    original = rope.lengths[-1]
     if to <= original:
         refuse("--to", to, f"more than the original length {original}")
 
@@ -196,7 +204,7 @@ def load(name: str, dtype: str = "auto", original_length: int | None = None, thr
     with waiting(f"loading {name} in {dtype}", usual), quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = load_config(source)
-        rope = rope_of(config, original_length)
+        rope = rope_of(config, original_length, source)
         tokenizer = _from_pretrained(source, AutoTokenizer.from_pretrained)
         arguments: dict[str, Any] = {"dtype": DTYPES[dtype]}
         if source.gguf_file:

@@ -15,8 +15,9 @@ from .errors import refuse
 from .evaluate.scoring import run_forward
 from .presets import Preset, screen_lengths
 from .progress import console
-from .run import read_run
+from .run import digest, read_run
 from .search.budget import Budget
+from .search.readjust import check_lengths
 from .search.space import PAPER_START_TOKENS
 from .search.stage import WINNER_FILE, attention_factors, evolution_settings
 
@@ -89,6 +90,33 @@ def open_run(
     return context, spending
 
 
+def open_readjustment(
+    model: str,
+    lengths: str,
+    factors: Path | None = None,
+    run_dir: Path | None = None,
+    original_length: int | None = None,
+    **options: Any,
+) -> tuple[Context, lk.LongRope, Budget]:
+    """Open the run that the options of `longrope readjust` describe, and return the ladder it is about.
+
+    Args:
+        lengths: as typed, `4096,8192`.
+        factors: the ladder's file, where it is not the model's own.
+        options: as `open_run` takes them.
+    """
+    chosen = tuple(sorted(set(integers("--lengths", lengths))))
+    source = models.find(model)
+    ladder = models.rope_of(models.load_config(source), original_length, source)
+    if factors is not None:
+        ladder, _ = factor_files.read(factors, ladder.scalings[-1])
+    check_lengths(ladder, chosen)
+    folder = run_dir or Path("runs") / f"{Path(model).stem or model}-readjusted"
+    asked: dict[str, Any] = {"lengths": chosen, "ladder": digest(ladder.to_dict()), "original_length": original_length}
+    context, budget = open_run(model, max(chosen), folder, **asked, **options)
+    return context, ladder, budget
+
+
 def serves(model: str, threads: int | None) -> bool:
     """Whether this is one of torchrun's ranks above 0; it works for rank 0 until that has no more to do."""
     if team.rank()[0] == 0:
@@ -159,7 +187,7 @@ def _parse(options: dict[str, Any]) -> dict[str, Any]:
 
 def _screens(model: str, to: int, original_length: int | None, chosen: Preset) -> tuple[int, ...]:
     config = models.load_config(models.find(model))
-    original = models.rope_of(config, original_length).original_max_position_embeddings
+    original = models.rope_of(config, original_length, models.find(model)).lengths[-1]
     return screen_lengths(chosen.screen_shares, original, to, 64 if original % 64 == 0 else 1)
 
 

@@ -24,6 +24,7 @@ ARGUMENTS = {
     "model": "MODEL",
     "model_fingerprint": "MODEL",
     "screens": "--screen",
+    "ladder": "--factors",
 }  # settings not named as their option
 
 
@@ -40,12 +41,19 @@ class RunDirectory:
         path: made where it does not exist.
         settings: what was asked and decides results. A directory with evaluations of others is refused.
         extra: recorded beside the settings, and free to change from run to run (budgets, versions).
+        defaults: what settings are in a directory that was made before there were such settings.
 
     Raises:
         UsageError: another run's directory, one in use, or a folder of something else; the line names the difference.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        extra: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -59,7 +67,7 @@ class RunDirectory:
         self._lock = self._take_lock()
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         try:
-            self._check_settings()
+            self._check_settings(json.loads(json.dumps(defaults or {})))
         except PipelineError:
             self._lock.close()
             raise
@@ -75,7 +83,7 @@ class RunDirectory:
             refuse("--run-dir", self.path, "a directory no other longrope process is working in")
         return lock
 
-    def _check_settings(self) -> None:
+    def _check_settings(self, defaults: Mapping[str, Any]) -> None:
         file = self.path / "run.json"
         if not file.exists():
             return
@@ -85,7 +93,7 @@ class RunDirectory:
             # A run that came to nothing, for a wrong argument noticed late, claims no directory.
             (self.path / "documents.json").unlink(missing_ok=True)
             return
-        known = before["settings"]
+        known = {**defaults, **before["settings"]}
         for name in sorted({*known, *self.settings}):
             if known.get(name) != self.settings.get(name):
                 asked, made = _show(self.settings.get(name)), _show(known.get(name))

@@ -59,7 +59,7 @@ def test_only_the_rotary_dimensions_have_pairs() -> None:
 
 @pytest.mark.parametrize(("length", "pair"), [(1, 0), (6, 0), (7, 1), (10**12, 32)])
 def test_the_critical_pair_stays_within_the_pairs(length: int, pair: int) -> None:
-    assert critical_pair(64, 1e4, length) == pair
+    assert critical_pair(RopeScaling(head_dim=64, theta=1e4).inv_freq.tolist(), length) == pair
 
 
 def test_the_command_prints_the_table_and_writes_json_and_a_figure(command, model_folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""What the search may choose: the factors of the rotary pairs, n-hat, and the attention factor."""
+"""What the search may choose: the factors of the rotary pairs, n-hat, and the attention factor.
+
+`Space` is LongRoPE's. The spaces of LongRoPE2 and of the readjustment for short lengths are in `spaces.py`: each says
+which pairs move, between which bounds, and what the others follow from.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +30,13 @@ class Candidate:
         factors: lambda of each pair, relative to the model as it was trained.
         start_tokens: n-hat.
         attention_factor: multiplies cos and sin, relative to the model as it was trained.
+        critical_pair: the pair from which on the factors are free, where the space searches it (LongRoPE2).
     """
 
     factors: tuple[float, ...]
     start_tokens: int = 0
     attention_factor: float = 1.0
+    critical_pair: int | None = None
 
     @cached_property
     def id(self) -> str:
@@ -43,15 +49,17 @@ class Candidate:
         return np.log(np.asarray(self.factors))
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        fields = {
             "factors": list(self.factors),
             "start_tokens": self.start_tokens,
             "attention_factor": self.attention_factor,
         }
+        return fields if self.critical_pair is None else {**fields, "critical_pair": self.critical_pair}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Candidate:
-        return cls(tuple(fields["factors"]), fields["start_tokens"], fields["attention_factor"])
+        factors = tuple(fields["factors"])
+        return cls(factors, fields["start_tokens"], fields["attention_factor"], fields.get("critical_pair"))
 
     def scaling(self, base: lk.RopeScaling) -> lk.RopeScaling:
         """Return the regime that this point makes of a model trained with `base`."""
@@ -103,26 +111,61 @@ class Space:
     def largest(self) -> float:
         return 1.25 * self.extension if self.upper is None else self.upper
 
-    def legal(self, logs: Iterable[float], start_tokens: int = 0, attention_factor: float = 1.0) -> Candidate:
+    @property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Smallest and largest factor of each pair, float64[pairs]."""
+        return np.full(self.pairs, self.lower), np.full(self.pairs, self.largest)
+
+    @property
+    def span(self) -> float:
+        """The distance, in logarithms of factors, that sizes of moves are relative to."""
+        return math.log(self.extension)
+
+    @property
+    def words(self) -> str:
+        """What factors there are, in words."""
+        return f"factors in [{self.lower:g}, {self.largest:g}]"
+
+    @property
+    def critical_pairs(self) -> tuple[int, ...]:
+        """Choices of `Candidate.critical_pair`; none where all pairs are free."""
+        return ()
+
+    def free_from(self, candidate: Candidate) -> int:
+        """Return the first pair whose factor may move by itself."""
+        return 0
+
+    def legal(
+        self,
+        logs: Iterable[float],
+        start_tokens: int = 0,
+        attention_factor: float = 1.0,
+        critical_pair: int | None = None,
+    ) -> Candidate:
         """Return the nearest point of the space: monotone where that is asked, in bounds, on the grid.
 
         Args:
             logs: logarithms of the factors, float[pairs].
+            critical_pair: for spaces that choose it.
         """
         values = np.asarray(list(logs), dtype=np.float64)
-        if self.monotone:
-            values = nearest_monotone(values)
-        steps = np.rint((np.clip(np.exp(values), self.lower, self.largest) - self.lower) / self.step)
-        last = math.floor((self.largest - self.lower) / self.step + 1e-9)
-        factors = np.round(self.lower + np.minimum(steps, last) * self.step, 10)
+        factors = self._on_grid(values, *self.bounds)
         return Candidate(
             tuple(factors.tolist()),
             nearest(self.start_tokens, start_tokens),
             nearest(self.attention_factors, attention_factor),
         )
 
+    def _on_grid(self, logs: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+        """Return the nearest factors, by the monotone rule where it holds, in whole steps above the lower bounds."""
+        values = nearest_monotone(logs) if self.monotone else logs
+        steps = np.rint((np.clip(np.exp(values), lower, upper) - lower) / self.step)
+        last = np.floor((upper - lower) / self.step + 1e-9)
+        return np.round(lower + np.minimum(steps, last) * self.step, 10)
+
     def to_dict(self) -> dict[str, Any]:
         return {
+            "kind": "all",
             "pairs": self.pairs,
             "extension": self.extension,
             "start_tokens": list(self.start_tokens),

@@ -2,7 +2,8 @@
 
 All moves happen on the logarithms of the factors, so that 1 -> 1.1 and 2 -> 2.2 are the same step; `Space.legal` then
 restores the monotone rule by least squares, so that a plateau moves as one piece instead of a hundredth at a time.
-Sizes are relative to the logarithm of the extension: what is a bold move at 2x is a small one at 64x.
+Sizes are relative to the space's span, in LongRoPE's the logarithm of the extension: what is a bold move at 2x is a
+small one at 64x. Only the pairs that the space leaves free move; the others follow from the critical pair.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from .space import Candidate, Space
 
-# Of the logarithm of the extension: from fine tuning to almost half the way from no scaling to all of it.
+# Of the space's span: from fine tuning to almost half the way from no scaling to all of it.
 SMALLEST_MOVE, LARGEST_MOVE = 0.03, 0.4
 
 Move = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
@@ -71,8 +72,9 @@ def mutate(parent: Candidate, space: Space, random: np.random.Generator, probabi
         probability: of each gene to move by itself, of each further kind of move, and of n-hat and the attention
             factor to change.
     """
-    scale = float(np.log(space.extension))
-    logs = parent.logs
+    scale = space.span
+    logs, free = parent.logs, space.free_from(parent)
+    logs, kept = logs[free:], logs[:free]
     first = int(random.integers(0, len(SHAPE_MOVES) + 1))
     for index, move in enumerate((*SHAPE_MOVES, None)):
         applies = index == first or (move is not None and random.random() < probability / len(SHAPE_MOVES))
@@ -82,7 +84,10 @@ def mutate(parent: Candidate, space: Space, random: np.random.Generator, probabi
         logs = genes(logs, size, random, probability) if move is None else move(logs, size, random)
     start = int(_change(space.start_tokens, parent.start_tokens, random, probability))
     factor = _change(space.attention_factors, parent.attention_factor, random, probability)
-    return space.legal(logs, start, factor)
+    critical = None
+    if space.critical_pairs:
+        critical = int(_change(space.critical_pairs, free, random, probability))
+    return space.legal(np.concatenate([kept, logs]), start, factor, critical)
 
 
 def crossover(
@@ -94,7 +99,8 @@ def crossover(
     what lies beyond either; or the first moved along the difference of two others (differential evolution), which
     learns from the population in which directions the objective is flat.
     """
-    a, b = first.logs, other.logs
+    free = min(space.free_from(first), space.free_from(other))
+    a, b, c = first.logs[free:], other.logs[free:], third.logs[free:]
     pairs = len(a)
     kind = int(random.integers(0, 4))
     if kind == 0:
@@ -108,10 +114,13 @@ def crossover(
     elif kind == 2:
         logs = a + random.uniform(-0.5, 1.5) * (b - a)
     else:
-        logs = a + random.uniform(0.3, 1.0) * (b - third.logs)
+        logs = a + random.uniform(0.3, 1.0) * (b - c)
     start = first.start_tokens if random.random() < 0.5 else other.start_tokens
     factor = first.attention_factor if random.random() < 0.5 else other.attention_factor
-    return space.legal(logs, start, factor)
+    critical = None
+    if space.critical_pairs:
+        critical = space.free_from(first if random.random() < 0.5 else other)
+    return space.legal(np.concatenate([first.logs[:free], logs]), start, factor, critical)
 
 
 def _change(choices: Sequence[float], value: float, random: np.random.Generator, probability: float) -> float:
