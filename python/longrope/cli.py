@@ -57,6 +57,13 @@ ScreenDocuments = Annotated[int | None, typer.Option(help="Search documents a sc
 ScreenKeep = Annotated[float | None, typer.Option(help="Share of candidates a screen lets pass. [0.34]")]
 ScreenControls = Annotated[int | None, typer.Option(help="Candidates it turns down, scored all the same. [0]")]
 PasskeyDepths = Annotated[str | None, typer.Option(help="Passkey retrieval at these depths: 0.1,0.5,0.9, or none.")]
+Tune = Annotated[str | None, typer.Option(help="Lengths to fine-tune at and steps at each: 2048:100,4096:80, or none.")]
+TuneBatch = Annotated[int | None, typer.Option(help="Sequences a step of the fine-tuning learns from. [1]")]
+TuneRate = Annotated[float | None, typer.Option(help="Learning rate of the fine-tuning. [2e-5]")]
+Readjust = Annotated[str | None, typer.Option(help="Lengths searched again on the tuned model: 512,1024, or none.")]
+LastBudget = Annotated[int | None, typer.Option(help="Evaluations of the second search. [--budget]")]
+Searched = Annotated[bool | None, typer.Option("--search/--no-search", help="No: YaRN's factors throughout. [yes]")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and what it takes, and stop.")]
 Seed = Annotated[int | None, typer.Option(help="Of all random draws. [0]")]
 FactorFile = Annotated[Path | None, typer.Option("--factors", help="A factor file. [the winner in the run directory]")]
 
@@ -215,20 +222,38 @@ def extend(
     screen_keep: ScreenKeep = None,
     screen_controls: ScreenControls = None,
     passkey_depths: PasskeyDepths = None,
+    tune: Tune = None,
+    tune_batch: TuneBatch = None,
+    tune_lr: TuneRate = None,
+    readjust: Readjust = None,
+    last_budget: LastBudget = None,
+    searched: Searched = None,
     seed: Seed = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """All of it: inspect, search, evaluate on held-out documents, export, reload check, report."""
+    """All of it: inspect, search, fine-tune where asked, evaluate on held-out documents, export, reload, report.
+
+    With --tune LENGTH:STEPS,... the whole method of the paper: searches at those lengths, fine-tuning at each, a second
+    search from the last of them to --to without training, and --readjust for short texts.
+    """
     arguments = dict(locals())
-    from .options import open_run, serves
+    from .options import open_extension, serves
 
     if serves(model, threads):
         return
 
-    context, spending = open_run(**arguments, command=typed())
+    del arguments["dry_run"]
+    context, spending, progressive = open_extension(**arguments, command=typed())
     from .extend import extend as run_extend
+    from .extend import say_stages
 
     with closing(context):
-        run_extend(context, spending)
+        if progressive is not None:
+            progressive.plan() if dry_run else progressive.run()
+        elif dry_run:
+            say_stages(context, spending)
+        else:
+            run_extend(context, spending)
 
 
 @app.command()

@@ -50,17 +50,28 @@ class Request:
     seed: int = 0
     lengths: tuple[int, ...] = ()  # of a readjustment, whose `to` is the longest of them
     ladder: str | None = None  # digest of the ladder that is readjusted
+    tune: tuple[tuple[int, int], ...] = ()  # lengths to fine-tune at and steps at each
+    tune_batch: int = 1
+    tune_lr: float = 2e-5
+    tune_lora: int = 0
+    readjust: tuple[int, ...] = ()
+    searched: bool = True
 
 
 @dataclass
 class Context:
-    """A run under way; the model and the documents are loaded when a stage first needs them."""
+    """A run under way; the model and the documents are loaded when a stage first needs them.
+
+    Attributes:
+        within: the run that this one is a stage of, whose documents it reads.
+    """
 
     request: Request
     run: RunDirectory
     threads: int | None = None
     passkey_depths: tuple[float, ...] = ()
     team: Leader | None = None
+    within: Context | None = None
     _loaded: models.LoadedModel | None = field(default=None, repr=False)
     _split: data.Split | None = field(default=None, repr=False)
 
@@ -73,6 +84,7 @@ class Context:
         passkey_depths: tuple[float, ...] = (),
         budget: dict[str, Any] | None = None,
         command: str | None = None,
+        within: Context | None = None,
     ) -> Context:
         """Check the request against the model's configuration, then make or reopen the run directory."""
         source = models.find(request.model)
@@ -97,7 +109,7 @@ class Context:
         if ranks > 1:
             job = {name: run.settings[name] for name in ("model_fingerprint", "dtype", "original_length")}
             team = Leader(meet(), ranks, job, run.evaluations)
-        return cls(request, run, threads, passkey_depths, team)
+        return cls(request, run, threads, passkey_depths, team, within)
 
     @property
     def loaded(self) -> models.LoadedModel:
@@ -111,6 +123,8 @@ class Context:
     @property
     def split(self) -> data.Split:
         """The windows of both sides, which must be those the run directory was begun with."""
+        if self._split is None and self.within is not None:
+            self._split = self.within.split.cut(self.loaded.tokenizer, self.request.to)
         if self._split is None:
             with waiting(f"tokenizing documents of at least {self.request.to:,} tokens"):
                 self._split = data.split(
@@ -156,6 +170,14 @@ class Context:
             return self.original_length
         block = block_tokens(self.original_length)
         return self.request.score_from // block * block
+
+    def share(self, other: Context) -> None:
+        """Take the model that `other` has loaded, or will load: both are of the same files."""
+        self._loaded = other.loaded
+
+    def release(self) -> None:
+        """Let go of the model; a later use loads it anew."""
+        self._loaded = None
 
     def close(self) -> None:
         if self.team is not None:

@@ -11,7 +11,7 @@ import itertools
 import json
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html", ".jsonl")
 TEXT_FIELDS = ("text", "content", "document")
 SHORT_PARAGRAPH = 60  # letters; headings and one-line examples may well be the same by chance
 DATASET_ROWS = 2000  # read of a data set, from its beginning
+PIECES = 4  # shorter windows made of a longer one, at most
 
 # Documents of the standard library, best first: prose and code, no tables of data. A name that ends in a slash is a
 # package, its modules joined. No text appears twice, on one side or on both.
@@ -92,6 +93,26 @@ class Split:
 
     search: tuple[Window, ...]
     heldout: tuple[Window, ...]
+
+    def cut(self, tokenizer: Any, length: int) -> Split:
+        """Return the same documents in windows of at most `length` tokens, up to `PIECES` of each window."""
+        prefix = len(_prefix(tokenizer))
+
+        def pieces(window: Window) -> list[Window]:
+            if len(window.tokens) <= length:
+                return [window]
+            own = length - prefix
+            starts = range(prefix, len(window.tokens) - own + 1, own)[:PIECES]
+            return [
+                replace(
+                    window,
+                    offset=window.offset + start - prefix,
+                    tokens=(*window.tokens[:prefix], *window.tokens[start : start + own]),
+                )
+                for start in starts
+            ]
+
+        return Split(*(tuple(piece for one in side for piece in pieces(one)) for side in (self.search, self.heldout)))
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -10,6 +10,7 @@ from .context import Context
 from .evaluate.stage import OURS, run_evaluation, say_evaluation
 from .export.stage import run_export, say_export
 from .inspection import Inspection, inspect_rope
+from .plan import Stage, available_bytes, check_memory, forward_bytes, make_plan, measure_pace, say_plan
 from .progress import clock, console, say
 from .report import write_report
 from .search.budget import Budget
@@ -44,6 +45,25 @@ def extend(context: Context, budget: Budget) -> dict[str, Any]:
         f"ours {ours['perplexity']:.3f}"
     )
     return heldout
+
+
+def say_stages(context: Context, budget: Budget) -> dict[str, Any]:
+    """Say what `extend` would do and what it takes, and return it."""
+    loaded, request, target = context.loaded, context.request, context.target_length
+    wanted = request.population + request.iterations * (request.mutations + request.crossovers)
+    searched = min(wanted * len(context.split.search), budget.evaluations or wanted * len(context.split.search))
+    documents = len(context.split.heldout)
+    stages = [
+        Stage("search", "search", target, searched),
+        Stage("evaluate", "evaluate", target, (5 + 3 * len(context.passkey_depths)) * documents),
+    ]
+    needs = {stage.name: forward_bytes(loaded, stage.length) for stage in stages}
+    check_memory(context.original_length, loaded, [(stage, needs[stage.name]) for stage in stages], available_bytes())
+    pace = measure_pace(loaded, min(context.original_length, 4096) // 4)
+    notes = [] if budget.seconds is None else [f"the search stops after {clock(budget.seconds)} of forwards"]
+    plan = make_plan(context.original_length, target, stages, needs, pace, notes)
+    say_plan(plan)
+    return plan
 
 
 def run_inspection(context: Context) -> Inspection:

@@ -11,15 +11,18 @@ import longrope_kernels as lk
 from . import factors as factor_files
 from . import models, presets, team
 from .context import Context, Request
-from .errors import refuse
+from .errors import PipelineError, refuse
 from .evaluate.scoring import run_forward
 from .presets import Preset, screen_lengths
 from .progress import console
+from .progressive.recipe import Recipe, parse_tune
+from .progressive.stages import Extension
 from .run import digest, read_run
 from .search.budget import Budget
 from .search.readjust import check_lengths
 from .search.space import PAPER_START_TOKENS
 from .search.stage import WINNER_FILE, attention_factors, evolution_settings
+from .tune.settings import TuneSettings
 
 
 def open_run(
@@ -117,6 +120,53 @@ def open_readjustment(
     return context, ladder, budget
 
 
+def open_extension(
+    preset: str | None = None,
+    tune: str | None = None,
+    readjust: str | None = None,
+    last_budget: int | None = None,
+    **options: Any,
+) -> tuple[Context, Budget, Extension | None]:
+    """Open the run of `longrope extend`, and the progressive extension where the options describe one.
+
+    Args:
+        options: as `open_run` takes them.
+    """
+    chosen = Preset({}) if preset is None else presets.preset(preset)
+    if last_budget is not None and last_budget < 1:
+        refuse("--last-budget", last_budget, "a number of evaluations above 0")
+    steps = None if tune is None else parse_tune(tune)
+    lengths = None if readjust is None else integers("--readjust", readjust)
+    if steps == () and lengths is None:
+        lengths = ()
+    context, budget = open_run(preset=preset, tune=steps, readjust=lengths, **options)
+    request = context.request
+    try:
+        if not request.tune:
+            if request.readjust:
+                refuse("--readjust", readjust, "--tune beside it (longrope readjust does that alone)")
+            return context, budget, None
+        if team.rank()[1] > 1:
+            refuse("--tune", tune, "one process; `longrope search` spreads over ranks")
+        source = models.find(request.model)
+        original = models.rope_of(models.load_config(source), request.original_length).lengths[-1]
+        recipe = Recipe(original, request.to, request.tune, request.readjust, request.searched)
+        settings = TuneSettings(
+            length=recipe.tune[0][0],
+            steps=recipe.tune[0][1],
+            batch=request.tune_batch,
+            lr=request.tune_lr,
+            seed=request.seed,
+            **chosen.tuning,
+        )
+        evaluations = chosen.last_budget if last_budget is None else last_budget
+        last = Budget(evaluations, budget.seconds) if evaluations else budget
+        return context, budget, Extension(context, recipe, budget, last, settings)
+    except PipelineError:
+        context.close()
+        raise
+
+
 def serves(model: str, threads: int | None) -> bool:
     """Whether this is one of torchrun's ranks above 0; it works for rank 0 until that has no more to do."""
     if team.rank()[0] == 0:
@@ -192,4 +242,4 @@ def _screens(model: str, to: int, original_length: int | None, chosen: Preset) -
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import refuse
@@ -15,6 +15,8 @@ class Preset:
 
     Attributes:
         screen_shares: screening lengths as shares of the way from the original length to the target.
+        last_budget: evaluations of the second search of a progressive extension; None: as many as of the others.
+        tuning: fields of `tune.TuneSettings` by name, for a progressive extension.
     """
 
     request: dict[str, Any]
@@ -22,6 +24,8 @@ class Preset:
     budget: int | None = None
     minutes: float | None = None
     passkey_depths: tuple[float, ...] = ()
+    last_budget: int | None = None
+    tuning: dict[str, Any] = field(default_factory=dict)
 
 
 PRESETS = {
@@ -65,6 +69,40 @@ PRESETS = {
     ),
     # Algorithm 1 as published: 1,344 candidates on 5 documents, each at the target length.
     "paper": Preset({"search_documents": 5, "heldout_documents": 5, "start_tokens": PAPER_START_TOKENS}),
+    # The whole method as published for LLaMA2-7B: give it --to 2097152.
+    "llama2": Preset(
+        {
+            "search_documents": 5,
+            "heldout_documents": 5,
+            "start_tokens": PAPER_START_TOKENS,
+            "tune": ((131072, 400), (262144, 600)),
+            "tune_batch": 32,
+            "tune_lr": 2e-5,
+            "readjust": (4096, 8192),
+        },
+    ),
+    # The whole method on a model of some million parameters, 512 to 32,768 tokens, in minutes.
+    "tiny": Preset(
+        {
+            "search_documents": 2,
+            "heldout_documents": 2,
+            "population": 8,
+            "iterations": 20,
+            "mutations": 4,
+            "crossovers": 2,
+            "parents": 4,
+            "start_tokens": (0, 4, 16, 64),
+            "attention_factor": "search",
+            "tune": ((2048, 100), (4096, 80)),
+            "tune_batch": 4,
+            "tune_lr": 5e-4,
+            "readjust": (512, 1024),
+        },
+        budget=240,
+        last_budget=36,
+        passkey_depths=(0.1, 0.5, 0.9),
+        tuning={"schedule": "cosine", "warmup": 10},
+    ),
 }
 
 

@@ -110,13 +110,13 @@ def by_position(heldout: dict[str, Any]) -> Figure:
         original = heldout["original_length"]
         for ax in (upper, lower):
             ax.axvline(original, color=INK, linewidth=0.9, linestyle=":")
-            _thousands(ax)
+            thousands(ax)
         upper.annotate(
             f"trained to {original:,}", (original, 1), (4, -4), xycoords=("data", "axes fraction"),
             textcoords="offset points", va="top", fontsize=8.5, color="#50565f",
         )  # fmt: skip
         upper.set_yscale("log")
-        _plain_log(upper)
+        plain_log(upper)
         upper.set(ylabel="perplexity (log scale)", title="Held-out perplexity by position")
         upper.legend(fontsize=9, ncols=2)
         lower.set_ylim(-3 * max(reach, 1e-4), 3 * max(reach, 1e-4))
@@ -215,11 +215,13 @@ def _is_seed(one: dict[str, Any]) -> bool:
     return bool(one["origin"].startswith("seed "))
 
 
-def _thousands(ax: Axes) -> None:
+def thousands(ax: Axes) -> None:
+    """Write positions as 16,384."""
     ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _plain_log(ax: Axes) -> None:
+def plain_log(ax: Axes) -> None:
+    """Write the values of a logarithmic axis as plain numbers."""
     ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     low, high = ax.get_ylim()

@@ -20,6 +20,10 @@ class Report:
     search: dict[str, Any] | None
     heldout: dict[str, Any] | None
     export: dict[str, Any] | None
+    plan: dict[str, Any] | None = None
+    lengths: dict[str, Any] | None = None
+    ladder: dict[str, Any] | None = None
+    tuning: tuple[dict[str, Any], ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ..errors import refuse
 from ..run import FORMAT, read_json, write_atomically
-from . import figures
+from . import figures, progressive
 from .files import Report
 from .methods import (
     documents_section,
@@ -64,7 +64,18 @@ def read_report(folder: Path) -> Report:
         read("search.json"),
         read("heldout.json") or read("baselines.json"),
         read("export.json"),
+        plan := read("plan.json"),
+        read("lengths.json"),
+        read("ladder.json"),
+        tuning_stages(folder, plan),
     )
+
+
+def tuning_stages(folder: Path, plan: Any) -> tuple[dict[str, Any], ...]:
+    """Read what the fine-tuning stages of a progressive extension have left, in their order."""
+    stages = plan["stages"] if plan else ()
+    files = [folder / "stages" / stage["name"] / "tune.json" for stage in stages if stage["kind"] == "tune"]
+    return tuple(read_json(file) for file in files if file.is_file())
 
 
 def drawings(report: Report) -> dict[str, Callable[[], Figure | None]]:
@@ -79,6 +90,11 @@ def drawings(report: Report) -> dict[str, Callable[[], Figure | None]]:
         made["screens"] = lambda: figures.screens(search)
     if heldout is not None:
         made["perplexity_by_position"] = lambda: figures.by_position(heldout)
+    if (lengths := report.lengths) is not None:
+        made["lengths"] = lambda: progressive.by_length(lengths)
+    if (ladder := report.ladder) is not None:
+        made["ladder"] = lambda: progressive.ladder(ladder)
+    made["tuning"] = lambda: progressive.tuning(list(report.tuning))
     return made
 
 
@@ -88,10 +104,13 @@ def document(report: Report, drawn: dict[str, str], style: str) -> str:
     original = (report.inspection or {}).get("original_length", 0)
     title = f"{settings['model']}: {original:,} to {settings['to']:,} tokens"
     parts = [
-        headline(report, title),
+        progressive.headline(report, title) if report.plan else headline(report, title),
+        progressive.lengths_section(report, drawn),
+        progressive.stages_section(report, drawn),
+        progressive.ladder_section(report, drawn),
         perplexity(report, drawn),
         intervals(report),
-        short_text(report),
+        "" if report.plan else short_text(report),
         passkeys(report),
         factor_section(report, drawn),
         search_section(report, drawn),

@@ -55,7 +55,8 @@ def perplexity(report: Report, drawn: dict[str, str]) -> str:
     heldout = report.heldout
     if heldout is None:
         return ""
-    parts = ["<h2>Perplexity by position</h2>"]
+    on_tuned = ", the second search on the tuned model" if report.plan else ""
+    parts = [f"<h2>Perplexity by position{on_tuned}</h2>"]
     parts.append(
         figure(
             drawn.get("perplexity_by_position"),

@@ -1,0 +1,161 @@
+"""What an extension will take, said before it starts: tokens, memory and time of every stage on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from longrope_kernels.integrations.transformers_layered import CHUNK_TOKENS
+
+from .errors import refuse
+from .loss import CHUNK_BYTES, token_nll
+from .models import LoadedModel
+from .progress import clock, console, say, waiting
+
+TRAINING_FORWARDS = 4  # a step costs its forward, the forward again (checkpointing), and a backward of twice that
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the plan.
+
+    Attributes:
+        name: of its folder in the run directory.
+        kind: search, tune, second search, readjust or evaluate.
+        length: of its sequences, in tokens.
+        sequences: forwards, or training sequences, of that length, at most.
+    """
+
+    name: str
+    kind: str
+    length: int
+    sequences: int
+
+    @property
+    def tokens(self) -> int:
+        return self.length * self.sequences
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a forward as a function of its length: a linear part, and attention's square.
+
+    Examples:
+        >>> Pace.through((1000, 1.0), (2000, 3.0)).seconds(4000)
+        10.0
+    """
+
+    linear: float
+    square: float
+
+    @classmethod
+    def through(cls, one: tuple[int, float], other: tuple[int, float]) -> Pace:
+        """Return the pace of two measured forwards, (tokens, seconds), the longer last; neither part is negative."""
+        (a, x), (b, y) = one, other
+        square = max((y / b - x / a) / (b - a), 0.0)
+        return cls(max(x / a - square * a, 0.0), square)
+
+    def seconds(self, length: int) -> float:
+        return length * (self.linear + self.square * length)
+
+
+def measure_pace(loaded: LoadedModel, length: int) -> Pace:
+    """Time forwards of `length` and of four times as many random tokens, the second of two each."""
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    found = []
+    with waiting("timing two forwards"):
+        for tokens in (length, 4 * length):
+            ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+            for _ in range(2):
+                began = time.monotonic()
+                token_nll(loaded.model, ids.to(loaded.model.device))
+                seconds = time.monotonic() - began
+            found.append((tokens, seconds))
+    return Pace.through(*found)
+
+
+def forward_bytes(loaded: LoadedModel, tokens: int) -> int:
+    """Return what one evaluation holds, weights included: `docs/long_inputs.md` has the formula and measurements."""
+    config = loaded.model.config.get_text_config()
+    weights = sum(value.numel() * value.element_size() for value in loaded.model.parameters())
+    item = next(loaded.model.parameters()).element_size()
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    row = config.hidden_size + 2 * key_heads * loaded.rope.head_dim
+    chunk = min(tokens, CHUNK_TOKENS) * (3 * config.intermediate_size + 6 * config.hidden_size)
+    return weights + item * (tokens * row + chunk) + min(CHUNK_BYTES, 4 * tokens * config.vocab_size)
+
+
+def seconds_of(stage: Stage, pace: Pace) -> float:
+    """Estimate a stage."""
+    return stage.sequences * pace.seconds(stage.length) * (TRAINING_FORWARDS if stage.kind == "tune" else 1)
+
+
+def available_bytes() -> int | None:
+    """Return the memory that is free or can be freed, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def check_memory(original: int, loaded: LoadedModel, needs: Sequence[tuple[Stage, int]], room: int | None) -> None:
+    """Refuse, before anything is done, what memory will not hold; the line says what would fit."""
+    for stage, needed in needs if room is not None else ():
+        assert room is not None
+        if needed <= room:
+            continue
+        have = f"{needed / GIB:.1f} GiB for {stage.length:,} tokens, with {room / GIB:.1f} GiB free"
+        if stage.kind == "tune":
+            refuse("--tune", have, "shorter sequences to train on, or --tune-lora")
+        fits = original
+        while forward_bytes(loaded, 2 * fits) <= room:
+            fits *= 2
+        refuse("--to", have, f"at most about {fits:,} tokens")
+
+
+def make_plan(
+    original: int, target: int, stages: Sequence[Stage], needs: dict[str, int], pace: Pace, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the plan; JSON."""
+    rows = [
+        {
+            **stage.__dict__,
+            "tokens": stage.tokens,
+            "bytes": needs[stage.name],
+            "seconds": round(seconds_of(stage, pace), 1),
+        }
+        for stage in stages
+    ]
+    return {
+        "format": "longrope-plan/1",
+        "original_length": original,
+        "target_length": target,
+        "stages": rows,
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "notes": list(notes),
+    }
+
+
+def say_plan(plan: dict[str, Any]) -> None:
+    """Print the plan as a table."""
+    table = Table()
+    for heading in ("stage", "sequences", "tokens each", "tokens", "memory", "time, about"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for row in plan["stages"]:
+        counts = (f"{row[name]:,}" for name in ("sequences", "length", "tokens"))
+        table.add_row(row["name"], *counts, f"{row['bytes'] / GIB:.2f} GiB", clock(row["seconds"]))
+    say(
+        f"Plan: {plan['original_length']:,} to {plan['target_length']:,} tokens, about {clock(plan['seconds'])} on "
+        "this machine"
+    )
+    console.print(table)
+    for note in plan["notes"]:
+        say(f"  note: {note}")

@@ -1,0 +1,1 @@
+"""The whole method of the paper: searches at two lengths, fine-tuning at each, a second search, a ladder of regimes."""

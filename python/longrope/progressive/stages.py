@@ -1,0 +1,224 @@
+"""A progressive extension from its recipe to its report; every stage in a folder of its own, finished once."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import longrope_kernels as lk
+
+from .. import data, factors, models
+from ..context import Context
+from ..evaluate.stage import OURS, run_evaluation, say_evaluation
+from ..export.stage import run_export, say_export
+from ..extend import run_inspection, say_inspection
+from ..plan import Stage, available_bytes, check_memory, forward_bytes, make_plan, measure_pace, say_plan
+from ..progress import clock, say
+from ..report import write_report
+from ..run import digest
+from ..search.budget import Budget
+from ..search.readjust import LADDER_FILE, run_readjustment
+from ..search.seeds import baselines
+from ..search.stage import WINNER_FILE, run_search
+from ..tune.memory import training_bytes
+from ..tune.settings import TuneSettings
+from ..tune.stage import run_tuning
+from .by_length import lengths_between, one_regime, say_lengths, score_lengths, tabulate
+from .recipe import Recipe
+
+STAGES = "stages"
+
+
+class Extension:
+    """One progressive extension under way.
+
+    Args:
+        context: of the model as it came, to the target; its run directory holds the stages' folders.
+        budget: of each search.
+        last_budget: of the second search, whose forwards are the longest.
+        settings: of the fine-tuning; length, steps and seed are the recipe's.
+    """
+
+    def __init__(
+        self, context: Context, recipe: Recipe, budget: Budget, last_budget: Budget, settings: TuneSettings
+    ) -> None:
+        self.context, self.recipe, self.settings = context, recipe, settings
+        self.budget, self.last_budget = budget, last_budget
+        self.began = time.monotonic()
+
+    def stages(self) -> list[Stage]:
+        """Return the plan."""
+        recipe, request, documents = self.recipe, self.context.request, len(self.context.split.search)
+        searched = request.population + request.iterations * (request.mutations + request.crossovers)
+
+        def search(name: str, kind: str, length: int, budget: Budget) -> Stage:
+            wanted = searched * documents if recipe.searched else 0
+            return Stage(name, kind, length, min(wanted, budget.evaluations or wanted))
+
+        plan = [search(f"search-{length}", "search", length, self.budget) for length, _ in recipe.tune]
+        plan += [Stage(f"tune-{length}", "tune", length, steps * self.settings.batch) for length, steps in recipe.tune]
+        if recipe.target > recipe.tuned:
+            plan.append(search(f"search-{recipe.target}", "second search", recipe.target, self.last_budget))
+        plan += [search(f"readjust-{length}", "readjust", length, self.budget) for length in recipe.readjust]
+        return [*plan, Stage("evaluate", "evaluate", recipe.target, 9 * len(self.context.split.heldout))]
+
+    def plan(self) -> dict[str, Any]:
+        """Print the plan and write `plan.json`; refuse what memory will not hold."""
+        loaded, recipe, stages = self.context.loaded, self.recipe, self.stages()
+        pace = measure_pace(loaded, min(recipe.original, 4096))
+        needs = {
+            stage.name: self.training_bytes(stage) if stage.kind == "tune" else forward_bytes(loaded, stage.length)
+            for stage in stages
+        }
+        check_memory(recipe.original, loaded, [(stage, needs[stage.name]) for stage in stages], available_bytes())
+        plan = make_plan(recipe.original, recipe.target, stages, needs, pace, recipe.notes)
+        plan["recipe"] = dataclasses.asdict(recipe)
+        say_plan(plan)
+        self.context.run.write_json("plan.json", plan)
+        return plan
+
+    def training_bytes(self, stage: Stage) -> int:
+        return training_bytes(self.context.loaded, dataclasses.replace(self.settings, length=stage.length))
+
+    def run(self) -> dict[str, Any]:
+        """Run what is not done yet and return the table by length."""
+        self.stage("inspect")
+        say_inspection(run_inspection(self.context))
+        self.stage("plan")
+        self.plan()
+        regimes = {length: self.search(length) for length, _ in self.recipe.tune}
+        model, ladder = self.tune(regimes)
+        if self.recipe.target > self.recipe.tuned:
+            ladder = self.second_search(model)
+        if self.recipe.readjust:
+            ladder = self.readjust(model, ladder)
+        return self.finish(model, ladder)
+
+    def stage(self, name: str) -> None:
+        say()
+        say(f"== {name} ({clock(time.monotonic() - self.began)})")
+
+    @contextmanager
+    def open(self, name: str, model: str, to: int, depths: tuple[float, ...] = (), **changes: Any) -> Iterator[Context]:
+        """Open the folder of a stage: its own model and target, the documents of the whole run."""
+        context = self.context
+        first = model == context.request.model
+        request = dataclasses.replace(
+            context.request,
+            model=model,
+            to=to,
+            original_length=context.request.original_length if first else None,
+            screens=context.request.screens if to == context.target_length else (),
+            score_from=None,
+            tune=(),
+            readjust=(),
+            **changes,
+        )
+        folder = context.run.path / STAGES / name
+        opened = Context.open(request, folder, context.threads, depths, within=context)
+        if first:
+            opened.share(context)
+        with closing(opened):
+            yield opened
+
+    def search(self, length: int) -> lk.RopeScaling:
+        """Return the factors for a length on the model as it came."""
+        self.stage(f"search for {length:,} tokens")
+        with self.open(f"search-{length}", self.context.request.model, length) as context:
+            return self.found(context, self.budget).scalings[-1]
+
+    def second_search(self, model: Path) -> lk.LongRope:
+        """Return the ladder of the tuned model with factors for the target."""
+        target = self.recipe.target
+        self.stage(f"second search, for {target:,} tokens, without training")
+        with self.open(f"search-{target}", str(model), target) as context:
+            return self.found(context, self.last_budget)
+
+    def found(self, context: Context, budget: Budget) -> lk.LongRope:
+        """Return the ladder of a search's winner, or of YaRN where nothing is searched."""
+        loaded = context.loaded
+        if not self.recipe.searched:
+            yarn = baselines(loaded.base, loaded.original_length, context.extension)["yarn"]
+            return loaded.extended(yarn.scaling(loaded.base), context.target_length)
+        if context.run.read_json("search.json") is None:
+            run_search(context, dataclasses.replace(budget))
+        return factors.read(context.run.path / WINNER_FILE, loaded.base)[0]
+
+    def tune(self, regimes: dict[int, lk.RopeScaling]) -> tuple[Path, lk.LongRope]:
+        """Fine-tune at every length in turn; return the last model's folder and ladder."""
+        context, recipe = self.context, self.recipe
+        base, model = context.loaded.base, context.request.model
+        context.release()
+        ladder = lk.LongRope(recipe.original, {recipe.original: base})
+        for length, steps in recipe.tune:
+            self.stage(f"fine-tune at {length:,} tokens")
+            settings = dataclasses.replace(self.settings, length=length, steps=steps)
+            ladder = lk.LongRope(recipe.original, {recipe.original: base, length: regimes[length]})
+            folder = context.run.path / STAGES / f"tune-{length}"
+            done = folder / "model"
+            if not (folder / "tune.json").is_file() or not (done / "config.json").is_file():
+                loaded = models.load(model, context.run.settings["dtype"], threads=context.threads)
+                documents = data.training(context.request.text, context.split.texts)
+                done = run_tuning(loaded, ladder, settings, documents, folder).model
+            model = str(done)
+        return Path(model), ladder
+
+    def readjust(self, model: Path, ladder: lk.LongRope) -> lk.LongRope:
+        """Return the ladder with regimes for the short lengths that are searched on the tuned model."""
+        lengths = self.recipe.readjust
+        self.stage(f"readjust for {', '.join(f'{length:,}' for length in lengths)} tokens")
+        with self.open(
+            "readjust", str(model), lengths[-1], lengths=lengths, ladder=digest(ladder.to_dict())
+        ) as context:
+            if context.run.read_json(LADDER_FILE) is None:
+                run_readjustment(context, ladder, lengths, dataclasses.replace(self.budget))
+            return factors.read(context.run.path / LADDER_FILE)[0]
+
+    def finish(self, model: Path, ladder: lk.LongRope) -> dict[str, Any]:
+        """Evaluate, export, reload and report."""
+        context, recipe = self.context, self.recipe
+        origin = f"progressive extension, tuned at {', '.join(f'{length:,}' for length, _ in recipe.tune)} tokens"
+        content = factors.describe(
+            ladder, context.request.model, origin, provenance={"recipe": dataclasses.asdict(recipe)}
+        )
+        context.run.write_json(WINNER_FILE, content)
+        regimes = [{"length": length, **scaling.to_dict()} for length, scaling in ladder.regimes.items()]
+        context.run.write_json("ladder.json", {"format": "longrope-ladder/1", "regimes": regimes})
+        self.stage("perplexity by length, on held-out documents")
+        lengths = lengths_between(recipe.original, recipe.target)
+        records = score_lengths(context, one_regime(context), lengths)
+        context.release()
+        with self.open("result", str(model), recipe.target, context.passkey_depths) as result:
+            records |= score_lengths(result, {OURS: ladder}, lengths)
+            table = tabulate(records, lengths)
+            context.run.write_json("lengths.json", table)
+            say_lengths(table)
+            if recipe.target > recipe.tuned:
+                self.stage("the second search beside PI, NTK and YaRN on the tuned model")
+                heldout = run_evaluation(result, ladder)
+                heldout["methods"]["original"]["title"] = f"tuned at {recipe.tuned:,}, not extended further"
+                context.run.write_json("heldout.json", heldout)
+                say_evaluation(heldout)
+            self.stage("export and reload")
+            exported = run_export(result, ladder, content, context.run.path / "export")
+            context.run.write_json("export.json", exported)
+            say_export(exported)
+        self.stage("report")
+        say(f"{write_report(context.run.path)}, made in {clock(time.monotonic() - self.began)}")
+        return table
+
+
+def progressive_extend(
+    context: Context, recipe: Recipe, budget: Budget, last_budget: Budget, settings: TuneSettings, dry_run: bool = False
+) -> dict[str, Any]:
+    """Run a progressive extension, or say what it would do.
+
+    Args:
+        dry_run: stop after the plan, which is returned; else the table of perplexity by length is.
+    """
+    extension = Extension(context, recipe, budget, last_budget, settings)
+    return extension.plan() if dry_run else extension.run()

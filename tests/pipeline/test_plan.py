@@ -1,0 +1,90 @@
+"""What is said before a run: pace, memory, the stages of a progressive extension, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from longrope import plan
+from longrope.errors import UsageError
+from longrope.models import LoadedModel
+from longrope.plan import Pace, Stage
+from longrope.progressive.recipe import Recipe, parse_tune
+
+TUNED = ((256, 10), (512, 5))
+
+
+@pytest.mark.parametrize(("linear", "square"), [(1e-3, 0.0), (0.0, 1e-6), (2e-4, 3e-7)])
+def test_a_pace_goes_through_what_was_measured_and_beyond(linear: float, square: float) -> None:
+    def true(length: int) -> float:
+        return linear * length + square * length**2
+
+    pace = Pace.through((512, true(512)), (2048, true(2048)))
+    assert pace.seconds(65536) == pytest.approx(true(65536))
+
+
+def test_no_part_of_a_noisy_pace_is_negative() -> None:
+    fast_long, fast_short = Pace.through((512, 1.0), (2048, 3.9)), Pace.through((512, 0.01), (2048, 9.0))
+    assert fast_long.square == 0.0
+    assert fast_short.linear == 0.0
+    assert 0 < fast_long.seconds(100) < fast_long.seconds(1000)
+
+
+def test_training_costs_four_forwards() -> None:
+    pace = Pace(1e-3, 0.0)
+    train, read = (plan.seconds_of(Stage("a", kind, 512, 10), pace) for kind in ("tune", "search"))
+    assert train == pytest.approx(4 * read) == pytest.approx(4 * 5.12)
+
+
+def test_memory_grows_with_the_length_and_starts_at_the_weights(loaded: LoadedModel) -> None:
+    weights = sum(value.numel() * value.element_size() for value in loaded.model.parameters())
+    short, long, longer = (plan.forward_bytes(loaded, tokens) for tokens in (8192, 2**17, 2**18))
+    assert weights < short < long < longer
+    config = loaded.model.config
+    row = config.hidden_size + 2 * config.num_key_value_heads * config.head_dim
+    assert longer - long == 4 * 2**17 * row  # the chunks are full at both
+
+
+def test_what_memory_does_not_hold_is_refused_with_what_would_fit(loaded: LoadedModel) -> None:
+    stage = Stage("search-65536", "search", 65536, 10)
+    needs = [(stage, plan.forward_bytes(loaded, stage.length))]
+    plan.check_memory(128, loaded, needs, needs[0][1])
+    plan.check_memory(128, loaded, needs, None)
+    with pytest.raises(UsageError, match=r"--to: got .* for 65,536 tokens, .* expected at most about 32,768 tokens"):
+        plan.check_memory(128, loaded, needs, needs[0][1] - 1)
+    with pytest.raises(UsageError, match=r"--tune: got .* expected shorter sequences"):
+        plan.check_memory(128, loaded, [(Stage("tune-64", "tune", 64, 1), 10**6)], 10**6 - 1)
+
+
+@pytest.mark.parametrize(
+    ("tune", "readjust", "words"),
+    [
+        ((), (), "--tune: got nothing"),
+        (((512, 5), (256, 10)), (), "--tune: got 512:5,256:10"),
+        (((128, 5),), (), "ascending lengths above 128"),
+        (((8192, 5),), (), "up to the target 4096"),
+        (TUNED, (256, 128), "got 256,128, expected ascending"),
+        (TUNED, (1024,), "up to the tuned length 512"),
+        (TUNED, (0, 64), "up to the tuned length 512"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(
+    tune: tuple[tuple[int, int], ...], readjust: tuple[int, ...], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        Recipe(128, 4096, tune, readjust)
+
+
+def test_a_second_search_beyond_what_the_paper_tried_is_said() -> None:
+    assert Recipe(128, 4096, TUNED).notes == []
+    assert "16 times the tuned length" in Recipe(128, 8192, TUNED).notes[0]
+
+
+def test_tune_is_parsed() -> None:
+    assert parse_tune("2048:150,4096:100") == ((2048, 150), (4096, 100))
+    assert parse_tune("none") == ()
+
+
+@pytest.mark.parametrize("text", ["", "2048", "2048:", "2048:0", "a:1", "1:2:3", "2048:10;4096:5"])
+def test_tune_that_does_not_parse_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--tune"):
+        parse_tune(text)
