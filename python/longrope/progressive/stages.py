@@ -13,6 +13,7 @@ import longrope_kernels as lk
 
 from .. import data, factors, models
 from ..context import Context
+from ..errors import refuse
 from ..evaluate.stage import OURS, run_evaluation, say_evaluation
 from ..export.stage import run_export, say_export
 from ..extend import run_inspection, say_inspection
@@ -22,7 +23,7 @@ from ..report import write_report
 from ..run import digest
 from ..search.budget import Budget
 from ..search.readjust import LADDER_FILE, run_readjustment
-from ..search.seeds import baselines
+from ..search.seeds import BLENDS, SEED_NAMES, baselines
 from ..search.stage import WINNER_FILE, run_search
 from ..tune.memory import training_bytes
 from ..tune.settings import TuneSettings
@@ -51,19 +52,34 @@ class Extension:
         self.began = time.monotonic()
 
     def stages(self) -> list[Stage]:
-        """Return the plan."""
-        recipe, request, documents = self.recipe, self.context.request, len(self.context.split.search)
-        searched = request.population + request.iterations * (request.mutations + request.crossovers)
+        """Return the plan.
 
-        def search(name: str, kind: str, length: int, budget: Budget) -> Stage:
-            wanted = searched * documents if recipe.searched else 0
-            return Stage(name, kind, length, min(wanted, budget.evaluations or wanted))
+        Raises:
+            UsageError: a budget that does not reach for the seeds of one of the searches.
+        """
+        recipe, request = self.recipe, self.context.request
+        candidates = request.population + request.iterations * (request.mutations + request.crossovers)
 
-        plan = [search(f"search-{length}", "search", length, self.budget) for length, _ in recipe.tune]
-        plan += [Stage(f"tune-{length}", "tune", length, steps * self.settings.batch) for length, steps in recipe.tune]
+        def search(name: str, kind: str, length: int, budget: Budget, seeds: int, windows_of: int = 0) -> Stage:
+            windows = len(self.context.split.cut(self.context.loaded.tokenizer, windows_of or length).search)
+            if budget.evaluations is not None and budget.evaluations < seeds * windows:
+                argument = "--last-budget" if kind == "second search" else "--budget"
+                expected = f"at least {seeds * windows}: {seeds} seeds on {windows} windows of {length} tokens"
+                refuse(argument, budget.evaluations, expected)
+            return Stage(name, kind, length, min(candidates * windows, budget.evaluations or candidates * windows))
+
+        plan = [
+            *(search(f"search-{length}", "search", length, self.budget, len(SEED_NAMES)) for length, _ in recipe.tune),
+            *(Stage(f"tune-{length}", "tune", length, steps * self.settings.batch) for length, steps in recipe.tune),
+        ]
         if recipe.target > recipe.tuned:
-            plan.append(search(f"search-{recipe.target}", "second search", recipe.target, self.last_budget))
-        plan += [search(f"readjust-{length}", "readjust", length, self.budget) for length in recipe.readjust]
+            name = f"search-{recipe.target}"
+            plan.append(search(name, "second search", recipe.target, self.last_budget, len(SEED_NAMES)))
+        if not recipe.searched:
+            plan = [stage for stage in plan if stage.kind == "tune"]
+        for length in recipe.readjust:
+            name, longest = f"readjust-{length}", recipe.readjust[-1]
+            plan.append(search(name, "readjust", length, self.budget, len(BLENDS) + 2, longest))
         return [*plan, Stage("evaluate", "evaluate", recipe.target, 9 * len(self.context.split.heldout))]
 
     def plan(self) -> dict[str, Any]:
@@ -175,7 +191,7 @@ class Extension:
             "readjust", str(model), lengths[-1], lengths=lengths, ladder=digest(ladder.to_dict())
         ) as context:
             if context.run.read_json(LADDER_FILE) is None:
-                run_readjustment(context, ladder, lengths, dataclasses.replace(self.budget))
+                run_readjustment(context, ladder, lengths, self.budget.times(len(lengths)))
             return factors.read(context.run.path / LADDER_FILE)[0]
 
     def finish(self, model: Path, ladder: lk.LongRope) -> dict[str, Any]:

@@ -29,6 +29,11 @@ class Budget:
     spent_seconds: float = 0.0
     _by_length: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
+    def times(self, number: int) -> Budget:
+        """Return `number` times this budget, nothing of it spent."""
+        evaluations = None if self.evaluations is None else number * self.evaluations
+        return Budget(evaluations, None if self.seconds is None else number * self.seconds)
+
     def spend(self, length: int, seconds: float) -> None:
         """Record one forward of `length` tokens."""
         self.spent_evaluations += 1
