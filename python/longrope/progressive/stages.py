@@ -23,7 +23,7 @@ from ..report import write_report
 from ..run import digest
 from ..search.budget import Budget
 from ..search.readjust import LADDER_FILE, run_readjustment
-from ..search.seeds import BLENDS, SEED_NAMES, baselines
+from ..search.seeds import BLENDS, baselines
 from ..search.stage import WINNER_FILE, run_search
 from ..tune.memory import training_bytes
 from ..tune.settings import TuneSettings
@@ -32,6 +32,8 @@ from .by_length import lengths_between, one_regime, say_lengths, score_lengths, 
 from .recipe import Recipe
 
 STAGES = "stages"
+SEARCH_SEEDS = 3  # PI, NTK and YaRN
+READJUST_SEEDS = len(BLENDS) + 2  # and both ends
 
 
 class Extension:
@@ -69,17 +71,17 @@ class Extension:
             return Stage(name, kind, length, min(candidates * windows, budget.evaluations or candidates * windows))
 
         plan = [
-            *(search(f"search-{length}", "search", length, self.budget, len(SEED_NAMES)) for length, _ in recipe.tune),
+            *(search(f"search-{length}", "search", length, self.budget, SEARCH_SEEDS) for length, _ in recipe.tune),
             *(Stage(f"tune-{length}", "tune", length, steps * self.settings.batch) for length, steps in recipe.tune),
         ]
         if recipe.target > recipe.tuned:
             name = f"search-{recipe.target}"
-            plan.append(search(name, "second search", recipe.target, self.last_budget, len(SEED_NAMES)))
+            plan.append(search(name, "second search", recipe.target, self.last_budget, SEARCH_SEEDS))
         if not recipe.searched:
             plan = [stage for stage in plan if stage.kind == "tune"]
         for length in recipe.readjust:
             name, longest = f"readjust-{length}", recipe.readjust[-1]
-            plan.append(search(name, "readjust", length, self.budget, len(BLENDS) + 2, longest))
+            plan.append(search(name, "readjust", length, self.budget, READJUST_SEEDS, longest))
         return [*plan, Stage("evaluate", "evaluate", recipe.target, 9 * len(self.context.split.heldout))]
 
     def plan(self) -> dict[str, Any]:
