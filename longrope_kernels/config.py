@@ -132,7 +132,7 @@ def long_rope_from_config(
 
 def long_rope_to_config(rope: LongRope, allow_loss: bool) -> dict[str, Any]:
     """Implement `LongRope.to_config`."""
-    short, long = rope.scalings[0], rope.scalings[-1]
+    short, long = rope.short, rope.long
     if long.theta is None:
         refuse("inv_freq", "given frequencies", "a theta: transformers' longrope has no other base")
     if not allow_loss:
@@ -147,7 +147,7 @@ def long_rope_to_config(rope: LongRope, allow_loss: bool) -> dict[str, Any]:
             refuse(
                 "regimes",
                 f"{len(rope.regimes)} regimes",
-                "at most two in transformers (allow_loss=True keeps the first and the last)",
+                "at most two in transformers (allow_loss=True keeps that of the original length and the last)",
             )
         if short.attention_factor != long.attention_factor:
             refuse(

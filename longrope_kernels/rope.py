@@ -307,6 +307,16 @@ class LongRope:
         return tuple(self.regimes.values())
 
     @property
+    def short(self) -> RopeScaling:
+        """The regime of sequences of the original length: the short factors of formats that have two sets."""
+        return self.select(self.original_max_position_embeddings)
+
+    @property
+    def long(self) -> RopeScaling:
+        """The regime of the longest sequences: the long factors of formats that have two sets."""
+        return self.scalings[-1]
+
+    @property
     def head_dim(self) -> int:
         return self.scalings[0].head_dim
 

@@ -79,14 +79,19 @@ def export_checkpoint(
 
 def mscales(rope: lk.LongRope) -> dict[str, float]:
     """Return the attention factors of both regimes under the names that vLLM and SGLang read."""
-    first, last = rope.scalings[0], rope.scalings[-1]
-    return {"short_mscale": first.attention_factor, "long_mscale": last.attention_factor}
+    return {"short_mscale": rope.short.attention_factor, "long_mscale": rope.long.attention_factor}
 
 
 def losses(rope: lk.LongRope) -> list[str]:
     """Return what a transformers configuration cannot say about this ladder, one line each."""
     notes = []
-    short, long = rope.scalings[0], rope.scalings[-1]
+    short, long = rope.short, rope.long
+    if dropped := [length for length, scaling in rope.regimes.items() if scaling not in (short, long)]:
+        lengths = ", ".join(f"{length:,}" for length in dropped)
+        notes.append(
+            f"a transformers configuration has two sets of factors: stock transformers knows nothing of those for up to "
+            f"{lengths} tokens; {SIDECAR} has all"
+        )
     if long.start_tokens:
         notes.append(
             f"n-hat is {long.start_tokens}, which a transformers configuration cannot say: stock transformers rescales "

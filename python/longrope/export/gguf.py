@@ -57,7 +57,7 @@ def export_gguf(rope: lk.LongRope, config: Any, source: str | Path, out: str | P
     }
     factors = {
         name: np.array(scaling.rescale_factors, np.float32)
-        for name, scaling in ((LONG, rope.scalings[-1]), (SHORT, rope.scalings[0]))
+        for name, scaling in ((LONG, rope.long), (SHORT, rope.short))
     }
     kept = [tensor for tensor in reader.tensors if tensor.name not in REPLACED_TENSORS]
     part = out.with_name(f".{out.name}.part")
@@ -132,7 +132,7 @@ def read_gguf(path: str | Path) -> lk.LongRope:
 
 def gguf_losses(rope: lk.LongRope) -> list[str]:
     """Return what llama.cpp will do otherwise than this ladder says, one line each."""
-    original, short, long = rope.original_max_position_embeddings, rope.scalings[0], rope.scalings[-1]
+    original, short, long = rope.original_max_position_embeddings, rope.short, rope.long
     notes = [
         f"llama.cpp takes the long factors wherever its context (-c) is above {original:,} tokens, for short texts "
         f"too: start it with -c {original} for those"

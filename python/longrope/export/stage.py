@@ -48,10 +48,10 @@ def run_export(
 
 def expressible(rope: lk.LongRope) -> lk.LongRope:
     """Return the ladder as a transformers configuration says it: no n-hat, one attention factor."""
-    first, last = rope.lengths[0], rope.lengths[-1]
-    long = rope.scalings[-1].replace(start_tokens=0)
-    short = rope.scalings[0].replace(start_tokens=0, attention_factor=long.attention_factor)
-    return lk.LongRope(rope.original_max_position_embeddings, {first: short, last: long})
+    original = rope.original_max_position_embeddings
+    long = rope.long.replace(start_tokens=0)
+    short = rope.short.replace(start_tokens=0, attention_factor=long.attention_factor)
+    return lk.LongRope(original, {original: short, rope.max_position_embeddings: long})
 
 
 def say_export(result: dict[str, Any]) -> None:
