@@ -206,6 +206,29 @@ class RopeScaling:
         return cls(head_dim, theta, [_scale_factor(factor) ** (pair / last) for pair in range(pairs)], **kwargs)
 
     @classmethod
+    def dynamic_ntk(
+        cls,
+        head_dim: int,
+        theta: float,
+        factor: float,
+        original_max_position_embeddings: int,
+        length: int,
+        **kwargs: Any,
+    ) -> RopeScaling:
+        """NTK-aware scaling for a sequence of `length` tokens: transformers' rope type `dynamic` at that length.
+
+        Up to the original length nothing is scaled, beyond it the slowest pair is divided by
+        `1 + factor (length / original - 1)`: with a factor of 1 by just what the length asks for.
+
+        Args:
+            factor: what a transformers configuration calls so.
+            length: tokens of the sequence, in transformers the longest of the batch so far.
+        """
+        original = integer("original_max_position_embeddings", original_max_position_embeddings, 1)
+        longest = max(integer("length", length, 1), original)
+        return cls.ntk(head_dim, theta, 1.0 + _scale_factor(factor) * (longest / original - 1.0), **kwargs)
+
+    @classmethod
     def yarn(
         cls,
         head_dim: int,

@@ -91,6 +91,18 @@ def test_longrope_makes_the_round_trip(name):
         assert ours.attention_factor == pytest.approx(theirs[1])
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0, 3.7])
+@pytest.mark.parametrize("length", [100, 32768, 32769, 50_000, 131_072])
+@pytest.mark.parametrize("partial", [1.0, 0.5])
+def test_dynamic_ntk_at_a_length_is_what_transformers_runs_there(factor, length, partial):
+    config = llama(rope_type="dynamic", factor=factor, partial_rotary_factor=partial)
+    inv_freq, attention_factor = stock(config, length)
+    ours = lk.RopeScaling.dynamic_ntk(64, 5e5, factor, 32768, length, rotary_dim=int(64 * partial))
+    assert torch.allclose(ours.inv_freq.float(), inv_freq, rtol=2e-6)
+    assert ours.attention_factor == attention_factor == 1.0
+    assert ours.is_identity == (length <= 32768)
+
+
 def test_a_config_from_before_rope_parameters_is_read():
     fields = {
         "model_type": "phi3",

@@ -149,6 +149,8 @@ MALFORMED = {
     "original_max_position_embeddings: got 0": lambda: lk.RopeScaling.yarn(64, 1e4, 2.0, 0),
     "head_dim: got 'a'": lambda: lk.RopeScaling.ntk("a", 1e4, 2.0),
     "rotary_dim: got 1.5": lambda: lk.RopeScaling.pi(64, 1e4, 2.0, rotary_dim=1.5),
+    "factor: got 0.5": lambda: lk.RopeScaling.dynamic_ntk(64, 1e4, 0.5, 8192, 9000),
+    "length: got 0": lambda: lk.RopeScaling.dynamic_ntk(64, 1e4, 2.0, 8192, 0),
     "beta_slow: got 0": lambda: lk.RopeScaling.yarn(64, 1e4, 2.0, 8192, beta_slow=0),
     "beta_fast: got 1, expected a number >= beta_slow": lambda: lk.RopeScaling.yarn(64, 1e4, 2.0, 8192, 1, 32),
     "theta: got 1, expected a finite number > 1": lambda: lk.RopeScaling.yarn(64, 1, 2.0, 8192),

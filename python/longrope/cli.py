@@ -43,6 +43,12 @@ Windows = Annotated[int | None, typer.Option("--windows-per-document", help="Str
 ScoreFrom = Annotated[int | None, typer.Option(help="First position the search scores. [the original length]")]
 Budget_ = Annotated[int | None, typer.Option("--budget", help="Evaluations the search may spend.")]
 TimeBudget = Annotated[float | None, typer.Option(help="Minutes of evaluations the search may spend.")]
+Method = Annotated[
+    str | None, typer.Option(help="longrope, or longrope2: needle objective, critical space. [longrope]")
+]
+Objective = Annotated[str | None, typer.Option(help="What is minimised: text, or needle (answers). [by --method]")]
+Space = Annotated[str | None, typer.Option(help="all pairs, or critical: those from a pair on. [by --method]")]
+Needles = Annotated[int | None, typer.Option(help="Questions about each search document. [2]")]
 Population = Annotated[int | None, typer.Option(help="Of the first generation. [64]")]
 Iterations = Annotated[int | None, typer.Option(help="Generations after the first. [40]")]
 Mutations = Annotated[int | None, typer.Option(help="Per iteration. [16]")]
@@ -121,6 +127,10 @@ def search(
     heldout_documents: HeldoutDocuments = None,
     windows_per_document: Windows = None,
     score_from: ScoreFrom = None,
+    method: Method = None,
+    objective: Objective = None,
+    space: Space = None,
+    needles: Needles = None,
     budget: Budget_ = None,
     time_budget: TimeBudget = None,
     population: Population = None,
@@ -206,6 +216,10 @@ def extend(
     heldout_documents: HeldoutDocuments = None,
     windows_per_document: Windows = None,
     score_from: ScoreFrom = None,
+    method: Method = None,
+    objective: Objective = None,
+    space: Space = None,
+    needles: Needles = None,
     budget: Budget_ = None,
     time_budget: TimeBudget = None,
     population: Population = None,

@@ -48,6 +48,10 @@ class Request:
     screen_keep: float = 0.34
     screen_controls: int = 0
     seed: int = 0
+    method: str = "longrope"
+    objective: str = "text"
+    space: str = "all"
+    needles: int = 2
     lengths: tuple[int, ...] = ()  # of a readjustment, whose `to` is the longest of them
     ladder: str | None = None  # digest of the ladder that is readjusted
     tune: tuple[tuple[int, int], ...] = ()  # lengths to fine-tune at and steps at each

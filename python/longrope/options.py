@@ -66,7 +66,9 @@ def open_run(
             del given["dtype"]
         names = {field.name for field in dataclasses.fields(Request)}
         before = {name: _tuples(value) for name, value in known.items() if name in names}
-    request = Request(**{**before, **chosen.request, **given, "model": model, "to": to})
+    method = presets.method(given["method"]) if "method" in given else {}
+    request = Request(**{**before, **chosen.request, **method, **given, "model": model, "to": to})
+    _check_kinds(request)
     if request.screen_documents is not None and request.screen_documents > request.search_documents:
         refuse(
             "--screen-documents", request.screen_documents, f"at most the {request.search_documents} search documents"
@@ -226,13 +228,24 @@ def _parse(options: dict[str, Any]) -> dict[str, Any]:
     screen = parsed.pop("screen", None)
     if screen is not None:
         parsed["screens"] = integers("--screen", screen)
-    for name in ("search_documents", "heldout_documents", "windows_per_document", "screen_documents"):
+    for name in ("search_documents", "heldout_documents", "windows_per_document", "screen_documents", "needles"):
         if parsed.get(name) is not None and parsed[name] < 1:
             refuse(f"--{name.replace('_', '-')}", parsed[name], "an int >= 1")
     keep = parsed.get("screen_keep")
     if keep is not None and not 0 < keep <= 1:
         refuse("--screen-keep", keep, "a share above 0 and up to 1")
     return parsed
+
+
+def _check_kinds(request: Request) -> None:
+    for option, value, known in (
+        ("--objective", request.objective, presets.OBJECTIVES),
+        ("--space", request.space, presets.SPACES),
+    ):
+        if value not in known:
+            refuse(option, value, f"one of {', '.join(known)}")
+    if request.objective == "needle" and request.score_from is not None:
+        refuse("--score-from", request.score_from, "--objective text beside it: needles are scored on their answers")
 
 
 def _screens(model: str, to: int, original_length: int | None, chosen: Preset) -> tuple[int, ...]:

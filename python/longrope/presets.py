@@ -106,6 +106,21 @@ PRESETS = {
 }
 
 
+# What `--method` sets, each also by its own option. LongRoPE2 has no n-hat.
+METHODS: dict[str, dict[str, Any]] = {
+    "longrope": {"objective": "text", "space": "all"},
+    "longrope2": {"objective": "needle", "space": "critical", "start_tokens": (0,)},
+}
+OBJECTIVES, SPACES = ("text", "needle"), ("all", "critical")
+
+
+def method(name: str) -> dict[str, Any]:
+    """Return what a method sets, fields of `context.Request`."""
+    if name not in METHODS:
+        refuse("--method", name, f"one of {', '.join(METHODS)}")
+    return {"method": name, **METHODS[name]}
+
+
 def preset(name: str) -> Preset:
     """Return a preset by name."""
     if name not in PRESETS:

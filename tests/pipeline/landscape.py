@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from longrope.search import Candidate, Space, seed_factors
+from longrope.search.seeds import critical_seeds
+from longrope.search.spaces import CriticalSpace, critical_choices
 from longrope_kernels import RopeScaling
 
 PAIRS, EXTENSION, ORIGINAL = 32, 4.0, 8192
@@ -35,6 +37,16 @@ class Landscape:
 
 def space(monotone: bool = True, start_tokens: tuple[int, ...] = START_TOKENS) -> Space:
     return Space(PAIRS, EXTENSION, start_tokens, monotone=monotone)
+
+
+def critical_space(monotone: bool = True) -> CriticalSpace:
+    """LongRoPE2's space of the same model, whose theoretical critical pair is 20."""
+    choices = critical_choices(20, PAIRS)
+    return CriticalSpace(PAIRS, EXTENSION, (0,), monotone=monotone, critical=choices)
+
+
+def critical_seeds_too() -> dict[str, Candidate]:
+    return {**seeds(), **critical_seeds(critical_space())}
 
 
 def seeds() -> dict[str, Candidate]:

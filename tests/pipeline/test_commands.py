@@ -66,6 +66,24 @@ def test_evaluate_takes_the_rest_of_its_settings_from_the_run(
     assert (after["command"], after["budget"]) == (before["command"], before["budget"])
 
 
+def test_a_run_from_before_there_were_methods_goes_on(command: Command, extended: Run, copied: Path) -> None:
+    run = json.loads((copied / "run.json").read_text())
+    for name in ("method", "objective", "space", "needles", "lengths", "ladder", "screen_documents"):
+        default = run["settings"].pop(name)
+        assert name == "screen_documents" or default in ("longrope", "text", "all", 2, [], None)
+    run["settings"]["screen_documents"] = 1
+    (copied / "run.json").write_text(json.dumps(run))
+    before = (copied / "evaluations.jsonl").read_bytes()
+    arguments = list(extended.arguments)
+    arguments[arguments.index("--run-dir") + 1] = str(copied)
+    at = arguments.index("--passkey-depths")
+    done = command("search", *arguments[1:at], *arguments[at + 2 :])
+    assert (done.code, done.err) == (0, "")
+    assert (copied / "evaluations.jsonl").read_bytes() == before
+    done = command("search", *arguments[1:at], *arguments[at + 2 :], "--objective", "needle")
+    assert done.err.startswith(f'longrope: --objective: got "needle" in {copied}, expected "text"')
+
+
 def test_evaluate_takes_any_factor_file_of_the_model(command: Command, copied: Path, model_folder: Path) -> None:
     arguments = ("evaluate", model_folder, "--to", 256, "--run-dir", copied, "--factors")
     done = command(*arguments, copied / "factors" / "best_seed.json")

@@ -58,6 +58,21 @@ def test_a_difference_is_named_as_the_argument_is(tmp_path: Path, name: str, lin
     assert str(refused.value).startswith(line)
 
 
+def test_settings_that_a_directory_does_not_have_count_as_their_defaults(tmp_path: Path) -> None:
+    first = RunDirectory(tmp_path, SETTINGS)
+    first.evaluations.append("key", {})
+    first.close()
+    defaults = {"to": 1, "objective": "text", "lengths": ()}
+    with pytest.raises(UsageError) as refused:
+        RunDirectory(tmp_path, {**SETTINGS, "objective": "needle", "lengths": ()}, None, defaults)
+    assert str(refused.value).startswith('--objective: got "needle" in')
+    again = RunDirectory(tmp_path, {**SETTINGS, "objective": "text", "lengths": ()}, None, defaults)
+    assert read_json(tmp_path / "run.json")["settings"]["objective"] == "text"
+    again.close()
+    with pytest.raises(UsageError, match="--lengths: got null"):
+        RunDirectory(tmp_path, {**SETTINGS, "objective": "text", "lengths": None}, None, defaults)
+
+
 def test_a_folder_of_something_else_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -61,6 +62,17 @@ def test_the_same_seed_gives_the_same_run(found: tuple[Outcome, Landscape]) -> N
     again, _ = search()
     assert again.scored == found[0].scored
     assert again.stopped == found[0].stopped
+
+
+@pytest.mark.parametrize(("monotone", "history"), [(True, "1cb3b5c51d1444ab"), (False, "31cbbf958fae6390")])
+def test_the_same_children_are_drawn_as_ever(monotone: bool, history: str) -> None:
+    """Else a run that was begun before cannot go on: its log holds the scores of other candidates."""
+    settings = EvolutionSettings(population=20, iterations=8, mutations=6, crossovers=6, parents=6, controls=1, seed=3)
+    wide = dataclasses.replace(space(monotone), attention_factors=(1.0, 1.03, 1.06))
+    screen = Screen(Landscape(INCREASING), length=1000, keep=0.5)
+    outcome = evolve(wide, seeds(), Landscape(INCREASING), settings, [screen])
+    ids = "".join(one.candidate.id for one in outcome.scored)
+    assert hashlib.sha256(ids.encode()).hexdigest()[:16] == history
 
 
 def test_another_seed_gives_another_run(found: tuple[Outcome, Landscape]) -> None:

@@ -1,4 +1,4 @@
-"""Readjustment for short lengths: LongRoPE's "short context recovery" (arXiv 2402.13753, section 3.4).
+"""Readjustment for short lengths: LongRoPE's "short context recovery" (arXiv 2402.13753).
 
 Weights that were tuned under large factors read short texts worse than they did. At each length below the tuned one a
 search on those weights chooses factors between the original's and the extended ones, and all of them together are a

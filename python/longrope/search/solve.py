@@ -13,7 +13,7 @@ from ..progress import Task, clock, say, task
 from .budget import Budget, forward_cost
 from .evolve import Outcome, Scored, evolve
 from .problem import ModelScore, Problem
-from .screening import Screen, agreement, describe
+from .screening import Screen, agreement
 from .space import Candidate
 
 
@@ -58,8 +58,8 @@ def say_plan(
         f"  population {settings.population}, then {settings.iterations} x ({settings.mutations} mutations + "
         f"{settings.crossovers} crossovers) of the best {settings.parents}; seed {settings.seed}"
     )
-    for screen in screens:
-        say(f"  screening at {screen.where}: the best {screen.keep:.0%} go on")
+    for one in problem.screens:
+        say(f"  screening at {one.where}: the best {problem.screen_keep:.0%} go on")
     total = sum(planned.values())
     cost = sum(count * forward_cost(length) for length, count in planned.items())
     bounds = []
@@ -101,12 +101,13 @@ def summary(
             {
                 "length": screen.length,
                 "documents": screen.documents,
+                "where": one.where,
                 "keep": screen.keep,
                 "scores": screen.scores,
                 "agreement": agreement(screen.scores, target).to_dict(),
                 "dropped_after_pairs": screen.dropped_after,
             }
-            for screen in screens
+            for screen, one in zip(screens, problem.screens, strict=True)
         ],
         "stopped": outcome.stopped,
         "generations": outcome.generations,
@@ -171,7 +172,7 @@ def say_result(outcome: Outcome, result: dict[str, Any]) -> None:
     for screen in result["screens"]:
         found = screen["agreement"]
         say(
-            f"  screen at {describe(screen['length'], screen['documents'])} against the target: Kendall tau "
+            f"  screen at {screen['where']} against the target: Kendall tau "
             f"{found['tau']:.2f} over {found['pairs']} candidates; its favourite is number "
             f"{found['favourite_rank']} at the target"
             + (f"; dropped after {screen['dropped_after_pairs']}" if screen["dropped_after_pairs"] else "")

@@ -17,7 +17,7 @@ def ntk_below(extension: float, critical_pair: int, pairs: int) -> np.ndarray:
     """Return NTK factors whose base makes that of the critical pair s, float64[pairs].
 
     A base theta' rescales pair i by (theta' / theta)^(2i/d), so s at pair c needs theta' = theta s^(d/2c), and the
-    factor of pair i is s^(i/c). LongRoPE2 keeps it below the critical pair (arXiv 2502.20082, section 3.2), where pairs
+    factor of pair i is s^(i/c). LongRoPE2 keeps it below the critical pair (arXiv 2502.20082), where pairs
     turn often enough in training to be known all around.
 
     Examples:
@@ -25,6 +25,19 @@ def ntk_below(extension: float, critical_pair: int, pairs: int) -> np.ndarray:
         [1.0, 2.0, 4.0, 8.0]
     """
     return extension ** (np.arange(pairs) / max(critical_pair, 1))
+
+
+def critical_choices(theoretical: int, pairs: int) -> tuple[int, ...]:
+    """Return where the real critical pair is looked for: from the theoretical one to a quarter of all pairs below.
+
+    LongRoPE2 found it 6 of 48 pairs lower in Phi3-mini and 5 of 64 in LLaMA3-8B.
+
+    Examples:
+        >>> critical_choices(20, 32)
+        (12, 13, 14, 15, 16, 17, 18, 19, 20)
+    """
+    last = min(theoretical, pairs - 1)
+    return tuple(range(max(last - pairs // 4, min(last, 1)), last + 1))
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,19 @@ from typing import Any
 
 from ..context import Context, Request
 from ..errors import refuse
+from ..inspection import critical_pair
 from .budget import Budget
 from .evolve import EvolutionSettings
-from .objectives import TextLoss
+from .needles import NeedleLoss
+from .objectives import Objective, TextLoss
 from .problem import Problem
-from .seeds import baselines, su_attention_factor, yarn_attention_factor
+from .seeds import baselines, critical_seeds, su_attention_factor, yarn_attention_factor
 from .solve import solve
 from .space import Space, nearest
+from .spaces import CriticalSpace, critical_choices
 
 WINNER_FILE = "factors/winner.json"
+TITLES = {"longrope": "LongRoPE", "longrope2": "LongRoPE2"}
 
 
 def run_search(context: Context, budget: Budget, name: str = "search", to: int | None = None) -> dict[str, Any]:
@@ -48,8 +52,12 @@ def search_problem(context: Context, name: str = "search", to: int | None = None
         )
         for method, candidate in baselines(loaded.base, loaded.original_length, extension).items()
     }
+    if isinstance(space, CriticalSpace):
+        seeds.update(critical_seeds(space))
     windows = context.split.search
-    objective = TextLoss(windows, target, context.score_from)
+    objective: Objective = TextLoss(windows, target, context.score_from)
+    if request.objective == "needle":
+        objective = NeedleLoss(windows, target, loaded.tokenizer, request.needles, request.seed)
     screened = request.screen_documents or len(windows)
     lengths = [length for length in sorted(request.screens) if context.score_from < length < target]
     files = {"winner": WINNER_FILE, "best_seed": "factors/best_seed.json"}
@@ -57,7 +65,7 @@ def search_problem(context: Context, name: str = "search", to: int | None = None
         name,
         f"{name}.json",
         files if name == "search" else {"winner": f"factors/{name}.json"},
-        "LongRoPE",
+        TITLES[request.method],
         loaded.base,
         lambda scaling: loaded.extended(scaling, target),
         space,
@@ -90,14 +98,15 @@ def evolution_settings(request: Request) -> EvolutionSettings:
 
 def search_space(context: Context, extension: float) -> Space:
     """Build the space that the request describes, for an extension by so much."""
-    request = context.request
-    return Space(
-        context.loaded.base.pairs,
-        extension,
+    request, base = context.request, context.loaded.base
+    choices = (
         tuple(sorted(request.start_tokens)),
         attention_factors(request.attention_factor, extension, context.original_length),
-        monotone=request.monotone,
     )
+    if request.space == "critical":
+        pairs = critical_choices(critical_pair(base.inv_freq.tolist(), context.original_length), base.pairs)
+        return CriticalSpace(base.pairs, extension, *choices, monotone=request.monotone, critical=pairs)
+    return Space(base.pairs, extension, *choices, monotone=request.monotone)
 
 
 def attention_factors(choice: str, extension: float, original_length: int) -> tuple[float, ...]:
