@@ -58,6 +58,7 @@ class Context:
     threads: int | None = None
     passkey_depths: tuple[float, ...] = ()
     team: Leader | None = None
+    extends: bool = True
     _loaded: models.LoadedModel | None = field(default=None, repr=False)
     _split: data.Split | None = field(default=None, repr=False)
 
@@ -70,16 +71,22 @@ class Context:
         passkey_depths: tuple[float, ...] = (),
         budget: dict[str, Any] | None = None,
         command: str | None = None,
+        extends: bool = True,
     ) -> Context:
-        """Check the request against the model's configuration, then make or reopen the run directory."""
+        """Check the request against the model's configuration, then make or reopen the run directory.
+
+        Args:
+            extends: whether the target must be an extension and the search have documents; measuring needs neither.
+        """
         source = models.find(request.model)
         with waiting(f"reading the configuration of {request.model}", 5.0 if source.gguf_file else None):
             config = models.load_config(source)
         rope = models.rope_of(config, request.original_length)
-        models.check_target(request.to, rope)
         original = rope.original_max_position_embeddings
+        if extends:
+            models.check_target(request.to, rope)
         start = original if request.score_from is None else request.score_from
-        if not original <= start < request.to:
+        if extends and not original <= start < request.to:
             refuse("--score-from", start, f"a position from the original length {original} to below {request.to}")
         for length in request.screens:
             if not start < length < request.to:
@@ -100,7 +107,7 @@ class Context:
         if ranks > 1:
             job = {name: run.settings[name] for name in ("model_fingerprint", "dtype", "original_length")}
             team = Leader(meet(), ranks, job, run.evaluations)
-        return cls(request, run, threads, passkey_depths, team)
+        return cls(request, run, threads, passkey_depths, team, extends)
 
     @property
     def loaded(self) -> models.LoadedModel:
@@ -124,6 +131,7 @@ class Context:
                     self.request.heldout_documents,
                     self.request.windows_per_document,
                     self.request.heldout_text,
+                    required=("search", "heldout") if self.extends else ("heldout",),
                 )
             described = self._split.describe()
             before = self.run.read_json("documents.json")
