@@ -89,8 +89,8 @@ def losses(rope: lk.LongRope) -> list[str]:
     if dropped := [length for length, scaling in rope.regimes.items() if scaling not in (short, long)]:
         lengths = ", ".join(f"{length:,}" for length in dropped)
         notes.append(
-            f"a transformers configuration has two sets of factors: stock transformers knows nothing of those for up to "
-            f"{lengths} tokens; {SIDECAR} has all"
+            "a transformers configuration has two sets of factors: stock transformers knows nothing of those for up "
+            f"to {lengths} tokens; {SIDECAR} has all"
         )
     if long.start_tokens:
         notes.append(
