@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..evaluate.lengths import perplexity
-from .figures import COLORS, INK, STYLE, _plain_log, axes
+from .figures import COLORS, INK, STYLE, plain_log, axes
 
 # One brightness for one value, to every kind of eye and in print; in so few steps that SVG needs no picture for them.
 COLOR_MAP = mpl.colormaps["cividis"].resampled(21)
@@ -65,7 +65,7 @@ def by_length(measured: list[dict[str, Any]], section: str, title: str) -> Figur
         ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
         ax.minorticks_off()
         ax.set_yscale("log")
-        _plain_log(ax)
+        plain_log(ax)
         ax.set(xlabel="tokens of a window", ylabel="perplexity (log scale)", title=title)
         ax.legend(fontsize=9)
         return figure
