@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -14,11 +15,14 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from conftest import Finished, Run, run_process
 
 import longrope_kernels as lk
 from longrope import factors, models
+from longrope.loss import token_nll
 from longrope.progressive import by_length
+from longrope.run import digest
 
 TARGET = 1024
 SETTINGS = (
@@ -91,15 +95,18 @@ def test_each_tuning_goes_on_from_the_one_before(progressive: Run) -> None:
     assert second["losses"][0] < first["losses"][0] - 0.5, "steps at 256 tokens help at 512"
 
 
-def test_no_text_is_on_two_sides(progressive: Run) -> None:
+def test_no_text_is_on_two_sides(progressive: Run, long_texts: Path) -> None:
     documents = read(progressive.folder, "documents.json")
-    sides = [{window["sha256"] for window in documents[side]} for side in ("search", "heldout")]
-    sides.append({one["sha256"] for one in read(progressive.folder, "stages/tune-512/tune.json")["documents"]})
-    assert all(sides)
-    assert len(set.union(*sides)) == sum(map(len, sides))
-    for stage in ("search-256", "search-1024", "readjust", "result"):
-        own = read(progressive.folder, f"stages/{stage}/run.json")
-        assert own["settings"]["search_documents"] == 2
+    search, heldout = ({window["sha256"] for window in documents[side]} for side in ("search", "heldout"))
+    assert (len(search), len(heldout), len(search & heldout)) == (2, 2, 0)
+    every = {hashlib.sha256(file.read_bytes()).hexdigest() for file in long_texts.iterdir()}
+    for length in (256, 512):
+        trained_on = read(progressive.folder, f"stages/tune-{length}/tune.json")["documents"]
+        assert trained_on == digest(sorted(every - search - heldout))
+    for stage in ("search-256", "search-1024", "readjust"):
+        log = (progressive.folder / "stages" / stage / "evaluations.jsonl").read_text().splitlines()
+        read_from = {json.loads(line)["window"].rpartition("@")[0] for line in log}
+        assert read_from == {window["document"] for window in documents["search"]}
 
 
 def test_the_table_by_length_is_of_the_final_weights_under_the_ladder(progressive: Run) -> None:
@@ -108,11 +115,7 @@ def test_the_table_by_length_is_of_the_final_weights_under_the_ladder(progressiv
     loaded = models.load(str(progressive.folder / "stages/tune-512/model"), "fp32")
     rope, _ = factors.read(progressive.folder / "factors/winner.json")
     documents = read(progressive.folder, "documents.json")["heldout"]
-    from longrope.loss import token_nll
-
     text = Path(documents[0]["document"]).read_text()
-    import torch
-
     for entry in table["methods"]["longrope"]["by_length"][:2]:
         ids = torch.tensor(loaded.tokenizer(text)["input_ids"][: entry["length"]])
         loaded.use(lk.LongRope(128, {TARGET: rope.select(entry["length"])}))
