@@ -304,6 +304,41 @@ def export(
 
 
 @app.command()
+def tune(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder of the training; the tuned model is written to OUT/model.")],
+    factors: Annotated[Path | None, typer.Option("--factors", help="A factor file. [the winner of --run-dir]")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="A run directory: its winner is taken, its documents are not trained on.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="llama2-128k, llama2-256k, mistral or tiny.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a sequence. [the factors' longest]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the optimizer.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences per step. [1]")] = None,
+    per_forward: Annotated[int | None, typer.Option(help="Sequences per forward. [1]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. [2e-5]")] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, constant or cosine. [linear]")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps in which the rate rises. [0]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="[0]")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="[1.0]")] = None,
+    compute: Annotated[str | None, typer.Option(help="bf16 or fp32, of the computation. [by --dtype]")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [50]")] = None,
+    stop_above: Annotated[float | None, typer.Option(help="Multiple of the least loss that ends it. [1.5]")] = None,
+    text: Text = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    original_length: OriginalLength = None,
+    seed: Seed = None,
+    tensorboard: Annotated[bool | None, typer.Option(help="Write TensorBoard's files. [where installed]")] = None,
+) -> None:
+    """Fine-tune under a factor file's last regime; resumes exactly. Writes what stock transformers loads."""
+    arguments = dict(locals())
+    from .tune.command import run_command
+
+    run_command(**arguments)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """Write report.html and the figures again, from the files of a run directory."""
     from .progress import say

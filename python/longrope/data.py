@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -45,6 +45,8 @@ STDLIB_SEARCH = (
     ),
     *("email/", "xml/", "logging/"),
 )
+# Installed packages, generated tables, and the module whose texts are the documentation topics.
+STDLIB_UNUSED = ("site-packages/", "dist-packages/", "pydoc_data/", "encodings/", "_sysconfigdata")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ class Split:
 
     search: tuple[Window, ...]
     heldout: tuple[Window, ...]
+
+    @property
+    def texts(self) -> set[str]:
+        """SHA-256 of the documents of both sides."""
+        return {window.sha256 for window in (*self.search, *self.heldout)}
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -190,6 +197,21 @@ def documents(sources: Iterable[str], argument: str = "--text") -> Iterator[Docu
             yield from _dataset(source, argument)
 
 
+def training(sources: Iterable[str], taken: Collection[str]) -> Iterator[Document]:
+    """Yield the documents to train on: each text once, and none that the search reads or the result is proved on.
+
+    Args:
+        sources: see `documents`; `stdlib` is here `stdlib_training`.
+        taken: SHA-256 of the texts of both sides (`Split.texts`).
+    """
+    seen = set(taken)
+    for source in sources:
+        for document in stdlib_training() if source == "stdlib" else documents([source]):
+            if document.sha256 not in seen:
+                seen.add(document.sha256)
+                yield document
+
+
 def stdlib(names: Iterable[str]) -> Iterator[Document]:
     """Yield those of the named documents that this Python has."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -202,6 +224,18 @@ def stdlib(names: Iterable[str]) -> Iterator[Document]:
         texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
         if texts:
             yield Document(f"stdlib {name}", "\n\n".join(texts))
+
+
+def stdlib_training() -> Iterator[Document]:
+    """Yield the modules of the standard library that neither side reads, its own tests aside: text to train on."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    taken = (*STDLIB_HELDOUT, *STDLIB_SEARCH)
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root).as_posix()
+        if not name.startswith((*taken, *STDLIB_UNUSED)) and "/test" not in f"/{name}":
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if text.strip():
+                yield Document(f"stdlib {name}", text)
 
 
 def _topics(second: bool) -> str:

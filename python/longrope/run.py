@@ -19,7 +19,7 @@ from typing import IO, Any
 from .errors import PipelineError, UsageError, disk_error, one_line, refuse
 
 FORMAT = "longrope-run/1"
-BEGUN = {".lock", ".run.json.part", "evaluations.jsonl"}  # what a run that was killed early may have left alone
+BEGUN = {".lock", ".run.json.part"}  # and the log: what a run that was killed early may have left alone
 ARGUMENTS = {
     "model": "MODEL",
     "model_fingerprint": "MODEL",
@@ -42,6 +42,7 @@ class RunDirectory:
         settings: what was asked and decides results. A directory with evaluations of others is refused.
         extra: recorded beside the settings, and free to change from run to run (budgets, versions).
         defaults: what settings are in a directory that was made before there were such settings.
+        log: name of the file of the run's evaluations, or of its steps.
 
     Raises:
         UsageError: another run's directory, one in use, or a folder of something else; the line names the difference.
@@ -53,8 +54,9 @@ class RunDirectory:
         settings: Mapping[str, Any],
         extra: Mapping[str, Any] | None = None,
         defaults: Mapping[str, Any] | None = None,
+        log: str = "evaluations.jsonl",
     ) -> None:
-        self.path = Path(path)
+        self.path, self._log = Path(path), Path(path) / log
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             names = {file.name for file in self.path.iterdir()}
@@ -62,7 +64,7 @@ class RunDirectory:
             refuse("--run-dir", path, "a directory, not a file")
         except OSError as error:
             raise disk_error(f"--run-dir {path}", error) from error
-        if "run.json" not in names and (others := sorted(names - BEGUN)):
+        if "run.json" not in names and (others := sorted(names - BEGUN - {log})):
             refuse("--run-dir", f"{path}, which has {others[0]} and no run.json", "a new or empty folder, or a run's")
         self._lock = self._take_lock()
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
@@ -72,7 +74,7 @@ class RunDirectory:
             self._lock.close()
             raise
         self.write_json("run.json", {"format": FORMAT, "settings": self.settings, **(extra or {})})
-        self.evaluations = EvaluationLog(self.path / "evaluations.jsonl")
+        self.evaluations = EvaluationLog(self._log)
 
     def _take_lock(self) -> IO[str]:
         lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the run
@@ -88,8 +90,7 @@ class RunDirectory:
         if not file.exists():
             return
         before = read_run(self.path)
-        evaluations = self.path / "evaluations.jsonl"
-        if not evaluations.is_file() or not evaluations.stat().st_size:
+        if not self._log.is_file() or not self._log.stat().st_size:
             # A run that came to nothing, for a wrong argument noticed late, claims no directory.
             (self.path / "documents.json").unlink(missing_ok=True)
             return

@@ -18,9 +18,15 @@ from ..models import LoadedModel
 from ..progress import quiet_transformers, waiting
 from ..run import write_atomically
 
+TUNED = "tune.json"
+
 
 def export_checkpoint(
-    loaded: LoadedModel, rope: lk.LongRope, folder: str | Path, content: Mapping[str, Any] | None = None
+    loaded: LoadedModel,
+    rope: lk.LongRope,
+    folder: str | Path,
+    content: Mapping[str, Any] | None = None,
+    tuned: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write a folder that stock transformers loads, and return what it cannot say, one line each.
 
@@ -30,6 +36,7 @@ def export_checkpoint(
     Args:
         folder: appears whole or not at all; one that holds something else than an export is left alone.
         content: a factor file to put beside the weights.
+        tuned: what is said of weights that were fine-tuned under the last regime.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / SIDECAR).is_file())):
@@ -53,7 +60,9 @@ def export_checkpoint(
             write_atomically(part / SIDECAR, (json.dumps(rope.to_dict(), indent=1) + "\n").encode())
             if content is not None:
                 write_atomically(part / "longrope_factors.json", (json.dumps(content, indent=1) + "\n").encode())
-            write_atomically(part / "README.md", readme(loaded, rope, notes).encode())
+            if tuned is not None:
+                write_atomically(part / TUNED, (json.dumps(tuned, indent=1) + "\n").encode())
+            write_atomically(part / "README.md", readme(loaded, rope, notes, tuned is not None).encode())
             # Renamed, not deleted in place: killed in between, a half of the old export would be nobody's folder.
             if folder.exists():
                 folder.rename(old)
@@ -95,12 +104,13 @@ def losses(rope: lk.LongRope) -> list[str]:
     return notes
 
 
-def readme(loaded: LoadedModel, rope: lk.LongRope, notes: list[str]) -> str:
+def readme(loaded: LoadedModel, rope: lk.LongRope, notes: list[str], tuned: bool = False) -> str:
     """Return the folder's README."""
+    weights = f"were fine-tuned under the last regime ({TUNED})" if tuned else "are those of the original model"
     lines = [
         f"# {loaded.name}, {rope.original_max_position_embeddings:,} to {rope.max_position_embeddings:,} tokens",
         "",
-        "The weights are those of the original model. `config.json` carries the factors (rope_type longrope), so stock",
+        f"The weights {weights}. `config.json` carries the factors (rope_type longrope), so stock",
         "`transformers` loads this folder; `longrope.json` carries them without loss for the fused attention:",
         "",
         "```python",
