@@ -312,7 +312,8 @@ BAD_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
         "position_ids: got 0 after 2 in row 0, expected inc",
     ),
     "weights": ({"output_attentions": True}, "output_attentions: got True, expected False"),
-    "flash": ({"cu_seq_lens_q": masked([0, 3, 6])}, "cu_seq_lens_q: got a Tensor, expected None"),
+    "packed rows": ({"cu_seq_lens_q": masked([0, 3, 6])}, "cu_seq_lens_q: got 2 rows, expected input_ids of one row"),
+    "cache": ({"cache": masked([0])}, "cache: got a Tensor, expected None"),
 }
 
 

@@ -47,8 +47,9 @@ def enable(
 ) -> None:
     """Route the attention of this model instance through `longrope_kernels.attention`.
 
-    Each sequence of a batch gets the regime of its own length (its largest position + 1). A model already enabled is
-    disabled first, so calling twice replaces the rope. While enabled, the instance holds a copy of its configuration.
+    Each sequence of a batch gets the regime of its own length (its largest position + 1); sequences packed into one row
+    are told apart by `model(input_ids, cu_seq_lens_q=bounds)`. A model already enabled is disabled first, so calling
+    twice replaces the rope. While enabled, the instance holds a copy of its configuration.
 
     Args:
         model: a transformers model of one of `MODEL_TYPES`, or a module that wraps one.

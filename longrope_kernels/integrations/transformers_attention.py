@@ -206,6 +206,7 @@ def attention_forward(
         key, value: [batch, key_heads, key_slots, head_dim], unrotated, from the cache where there is one.
         attention_mask: what `layout_mask` made.
         position_ids: int64[batch or 1, query_tokens].
+        kwargs: `cu_seq_lens_q`, see `attend_packed`.
 
     Returns:
         [batch, query_tokens, query_heads, head_dim], and None for the weights, which are never formed.
@@ -220,7 +221,10 @@ def attention_forward(
         refuse("attention_dropout", dropout, "0 in training: the fused attention has no dropout")
     if kwargs.get("output_attentions", module.config.output_attentions):
         refuse("output_attentions", True, "False: the fused attention never forms the weights (use disable(model))")
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cache", "position_bias", "s_aux"):  # packed, paged, biased, sinks
+    packed, packed_keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if packed_keys is not None and (packed is None or not torch.equal(packed, packed_keys)):
+        refuse("cu_seq_lens_k", f"{packed_keys}", "None, or those of cu_seq_lens_q")
+    for name in ("cache", "position_bias", "s_aux"):  # paged, biased, sinks
         if kwargs.get(name) is not None:
             refuse(name, f"a {type(kwargs[name]).__name__}", "None: plain attention of one sequence in a row")
     if is_causal is False:
@@ -234,7 +238,16 @@ def attention_forward(
     if layer.group is not None:
         from .transformers_ranks import attend_over_ranks
 
+        if packed is not None:
+            refuse("cu_seq_lens_q", "packed sequences on a model spread over ranks", "enable(model) without a group")
         out = attend_over_ranks(layer, layout, query, key, value, scale=scaling, window=sliding_window, softcap=softcap)
+        return out.transpose(1, 2), None
+    if packed is not None:
+        from .transformers_packed import attend_packed
+
+        out = attend_packed(
+            layer, layout, query, key, value, packed, scale=scaling, window=sliding_window, softcap=softcap
+        )
         return out.transpose(1, 2), None
     out = attention(
         query,
@@ -338,7 +351,7 @@ def _check(
         refuse(
             "position_ids",
             f"{int(positions[row, column])} after {int(positions[row, column - 1])} in row {row}",
-            "increasing positions: packed sequences cannot be expressed, give each a row of its own",
+            "increasing positions; of packed sequences, cu_seq_lens_q and no position_ids",
         )
     if not all_by_index and query_offset:
         row = int((~by_index).nonzero()[0])

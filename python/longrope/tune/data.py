@@ -10,6 +10,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Segments(Dataset[dict[str, Any]]):
         tokenizer: of the model.
         documents: see `longrope.data.training`.
         length: tokens of every sequence, bookends included.
-        seed: of the order.
+        seed: of the order; text draws one of its own.
         count: what `len` says; the trainer's steps times its sequences per step.
 
     Raises:
@@ -50,7 +51,7 @@ class Segments(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, tokenizer: Any, documents: Iterable[Document], length: int, seed: int = 0, count: int = 0
+        self, tokenizer: Any, documents: Iterable[Document], length: int, seed: int | str = 0, count: int = 0
     ) -> None:
         self.tokenizer, self.length, self.seed, self.count = tokenizer, length, seed, count
         self.documents = tuple(documents)
@@ -134,3 +135,42 @@ class Segments(Dataset[dict[str, Any]]):
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             self._tokens[document] = array("I", ids)
         return self._tokens[document]
+
+
+class MixedWindows(Dataset[dict[str, Any]]):
+    """Long sequences, and among them, evenly spread, rows of as many tokens that hold short windows.
+
+    A short window is a sequence of its own `Segments`; its texts are told apart by `cu_seqlens`, so that each is read
+    by itself, from position 0.
+
+    Args:
+        long, short: of the same documents; a whole number of short windows need not fill a long one.
+        share: of the rows that hold short windows, at least 0 and below 1.
+    """
+
+    def __init__(self, long: Segments, short: Segments, share: float) -> None:
+        self.long, self.short, self.share = long, short, share
+        self.windows = max(long.length // short.length, 1)
+
+    def __len__(self) -> int:
+        return len(self.long)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Return `input_ids`, int64[tokens], and of short windows `cu_seqlens`, int64[texts + 1]."""
+        before = self._shorts(number)
+        if self._shorts(number + 1) == before:
+            return self.long[number - before]
+        rows = range(before * self.windows, (before + 1) * self.windows)
+        bookends = len(self.short.before) + len(self.short.after)
+        segments = [segment for row in rows for segment in self.short.segments(row)]
+        lengths = torch.tensor([0, *(segment.stop - segment.start + bookends for segment in segments)])
+        tokens = [token for row in rows for token in self.short.tokens(row)]
+        return {"input_ids": torch.tensor(tokens), "cu_seqlens": lengths.cumsum(0)}
+
+    def fingerprint(self) -> str:
+        """Return that of the documents."""
+        return self.long.fingerprint()
+
+    def _shorts(self, number: int) -> int:
+        """Return how many of the first `number` rows are short: the share, in exact arithmetic."""
+        return int(Fraction(str(self.share)) * number)

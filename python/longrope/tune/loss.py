@@ -31,15 +31,20 @@ class CausalLoss(nn.Module):
         vocabulary = model.config.get_text_config().vocab_size
         self.chunk_tokens = max(CHUNK_BYTES // (4 * vocabulary), 1) if chunk_tokens is None else chunk_tokens
 
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> dict[str, Tensor]:
         """Return `loss`, the mean over all tokens of -log p(token | those before it), in nats.
 
         Args:
             input_ids: int64[batch, tokens].
+            cu_seqlens: int64[1, sequences + 1], where a single row holds sequences that are to be told apart; the first
+                token of each is not scored.
         """
         body = getattr(self.model, self.model.base_model_prefix)
-        hidden = body(input_ids=input_ids, use_cache=False).last_hidden_state
+        packed = {} if cu_seqlens is None else {"cu_seq_lens_q": cu_seqlens[0]}
+        hidden = body(input_ids=input_ids, use_cache=False, **packed).last_hidden_state
         targets = functional.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
+        if cu_seqlens is not None:
+            targets[0, cu_seqlens[0, 1:] - 1] = IGNORED
         return {"loss": mean_nll(self.model, hidden.flatten(0, 1), targets.flatten(), self.chunk_tokens)}
 
 

@@ -34,6 +34,9 @@ class TuneSettings:
         stop_above: the loss, smoothed over some ten steps, may rise to this multiple of its least value before the run
             stops.
         seed: of the order of the documents.
+        short_share: of the sequences that are short windows (LongRoPE2's mixed training): as many tokens, but cut into
+            windows of `short_length`, every text in them masked from the others and under the first regime.
+        short_length: tokens of a short window; None: the length of the ladder's first regime.
     """
 
     length: int
@@ -50,6 +53,8 @@ class TuneSettings:
     save_every: int = 50
     stop_above: float = 1.5
     seed: int = 0
+    short_share: float = 0.0
+    short_length: int | None = None
 
     def __post_init__(self) -> None:
         whole = {"length": 64, "steps": 1, "batch": 1, "per_forward": 1, "warmup": 0, "save_every": 1}
@@ -63,6 +68,10 @@ class TuneSettings:
                 self._refuse(name, "a finite number >= 0")
         if not self.lr:
             self._refuse("lr", "a number above 0")
+        if not 0 <= self.short_share < 1:
+            self._refuse("short_share", "a share from 0 to below 1")
+        if self.short_share and self.per_forward > 1:
+            self._refuse("per_forward", "1 beside --short-share")
         if self.stop_above <= 1:
             self._refuse("stop_above", "a multiple above 1")
         if self.batch % self.per_forward:

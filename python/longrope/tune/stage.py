@@ -25,7 +25,7 @@ from ..export.checkpoint import export_checkpoint
 from ..progress import say, task
 from ..run import RunDirectory, digest, now
 from . import checkpoint
-from .data import Segments
+from .data import MixedWindows, Segments
 from .loss import CausalLoss
 from .settings import TuneSettings
 from .trainer import LongTrainer, Recorder
@@ -78,10 +78,9 @@ def run_tuning(
         PipelineError: a broken checkpoint, a full disk, or a loss that diverges; the line says what is kept.
     """
     folder = Path(folder)
-    settings = dataclasses.replace(settings, dtype=compute_dtype(settings.dtype, loaded.dtype))
+    settings = resolve(settings, loaded, rope)
     tensorboard = check_tensorboard(tensorboard)
-    count = settings.batch * settings.steps
-    sequences = Segments(loaded.tokenizer, documents, settings.length, settings.seed, count)
+    sequences = rows(loaded.tokenizer, documents, settings)
     asked = {
         **dataclasses.asdict(settings),
         "model": loaded.name,
@@ -102,7 +101,7 @@ def _train(
     loaded: models.LoadedModel,
     rope: lk.LongRope,
     settings: TuneSettings,
-    sequences: Segments,
+    sequences: Segments | MixedWindows,
     run: RunDirectory,
     fingerprint: str,
     tensorboard: bool,
@@ -118,7 +117,7 @@ def _train(
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
     loaded.stock()
     cast(model, dict.fromkeys(dtypes, torch.float32))
-    enable(model, lk.LongRope(settings.length, {settings.length: rope.scalings[-1]}))
+    enable(model, training_rope(rope, settings))
     model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     try:
         with task(f"tune at {settings.length:,} tokens", settings.steps) as progress:
@@ -141,13 +140,42 @@ def _train(
         "rope": rope.to_dict(),
         "losses": [step["loss"] for step in steps],
         "seconds": round(sum(step["seconds"] for step in steps), 3),
-        "documents": [{"name": document.name, "sha256": document.sha256} for document in sequences.documents],
+        "documents": sequences.fingerprint(),
         "provenance": {"created": now(), "from": loaded.name, **run.settings, **versions()},
     }
     export_checkpoint(loaded, rope, run.path / "model", tuned=result)
     run.write_json("tune.json", result)
     shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+def resolve(settings: TuneSettings, loaded: models.LoadedModel, rope: lk.LongRope) -> TuneSettings:
+    """Return the settings with what depends on the model said, after checking it."""
+    short = settings.short_length
+    if settings.short_share:
+        short = rope.lengths[0] if short is None else short
+        if not 64 <= short <= min(rope.lengths[0], settings.length - 1):
+            expected = f"at least 64, at most {rope.lengths[0]}, the first regime's, and below {settings.length}"
+            refuse("--short-length", short, expected)
+    dtype = compute_dtype(settings.dtype, loaded.dtype)
+    return dataclasses.replace(settings, dtype=dtype, short_length=short if settings.short_share else None)
+
+
+def rows(tokenizer: Any, documents: Iterable[Document], settings: TuneSettings) -> Segments | MixedWindows:
+    """Return what the run reads, in order."""
+    long = Segments(tokenizer, documents, settings.length, settings.seed, settings.batch * settings.steps)
+    if settings.short_length is None:
+        return long
+    short = Segments(tokenizer, long.documents, settings.short_length, f"{settings.seed} short")
+    return MixedWindows(long, short, settings.short_share)
+
+
+def training_rope(rope: lk.LongRope, settings: TuneSettings) -> lk.LongRope:
+    """Return the last regime for long sequences, whatever their length, and the first for short windows."""
+    regimes = {settings.length: rope.scalings[-1]}
+    if settings.short_length is not None:
+        regimes[settings.short_length] = rope.scalings[0]
+    return lk.LongRope(min(regimes), regimes)
 
 
 def compute_dtype(asked: str, weights: str) -> str:
