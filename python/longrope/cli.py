@@ -324,6 +324,9 @@ def tune(
     compute: Annotated[str | None, typer.Option(help="bf16 or fp32, of the computation. [by --dtype]")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [50]")] = None,
     stop_above: Annotated[float | None, typer.Option(help="Multiple of the least loss that ends it. [1.5]")] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Of adapters trained instead of the weights. [0: none]")
+    ] = None,
     short_share: Annotated[float | None, typer.Option(help="Of rows with short windows (LongRoPE2). [0]")] = None,
     short_length: Annotated[int | None, typer.Option(help="Tokens of a short window. [the first regime's]")] = None,
     text: Text = None,

@@ -34,6 +34,7 @@ class TuneSettings:
         stop_above: the loss, smoothed over some ten steps, may rise to this multiple of its least value before the run
             stops.
         seed: of the order of the documents.
+        lora_rank: of low-rank adapters, trained in place of the weights and merged into them at the end; 0: none.
         short_share: of the sequences that are short windows (LongRoPE2's mixed training): as many tokens, but cut into
             windows of `short_length`, every text in them masked from the others and under the first regime.
         short_length: tokens of a short window; None: the length of the ladder's first regime.
@@ -53,11 +54,12 @@ class TuneSettings:
     save_every: int = 50
     stop_above: float = 1.5
     seed: int = 0
+    lora_rank: int = 0
     short_share: float = 0.0
     short_length: int | None = None
 
     def __post_init__(self) -> None:
-        whole = {"length": 64, "steps": 1, "batch": 1, "per_forward": 1, "warmup": 0, "save_every": 1}
+        whole = {"length": 64, "steps": 1, "batch": 1, "per_forward": 1, "warmup": 0, "save_every": 1, "lora_rank": 0}
         for name, least in whole.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -26,6 +26,7 @@ from ..progress import say, task
 from ..run import RunDirectory, digest, now
 from . import checkpoint
 from .data import MixedWindows, Segments
+from .lora import Adapters, check_peft
 from .loss import CausalLoss
 from .settings import TuneSettings
 from .trainer import LongTrainer, Recorder
@@ -116,7 +117,9 @@ def _train(
     model, device = loaded.model, loaded.model.device
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
     loaded.stock()
-    cast(model, dict.fromkeys(dtypes, torch.float32))
+    adapters = Adapters(model, settings.lora_rank, settings.seed) if settings.lora_rank else None
+    if adapters is None:
+        cast(model, dict.fromkeys(dtypes, torch.float32))
     enable(model, training_rope(rope, settings))
     model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     try:
@@ -126,10 +129,15 @@ def _train(
             recorder = Recorder(log, progress, settings.stop_above, folder, settings.length * settings.batch, done)
             trainer = LongTrainer(CausalLoss(model), sequences, settings, folder, fingerprint, recorder, callbacks)
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        if adapters is not None:
+            adapters.merge()
+            adapters = None
     finally:
+        if adapters is not None:
+            adapters.remove()
+        loaded.stock()
         model.activation_checkpointing_disable()
         model.zero_grad(set_to_none=True)
-        loaded.stock()
         model.eval().to(device)
         cast(model, dtypes)
     steps = [log.records[str(step)] for step in range(1, settings.steps + 1)]
@@ -151,6 +159,8 @@ def _train(
 
 def resolve(settings: TuneSettings, loaded: models.LoadedModel, rope: lk.LongRope) -> TuneSettings:
     """Return the settings with what depends on the model said, after checking it."""
+    if settings.lora_rank:
+        check_peft()
     short = settings.short_length
     if settings.short_share:
         short = rope.lengths[0] if short is None else short
