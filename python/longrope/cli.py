@@ -324,9 +324,7 @@ def tune(
     compute: Annotated[str | None, typer.Option(help="bf16 or fp32, of the computation. [by --dtype]")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [50]")] = None,
     stop_above: Annotated[float | None, typer.Option(help="Multiple of the least loss that ends it. [1.5]")] = None,
-    lora_rank: Annotated[
-        int | None, typer.Option(help="Of adapters trained instead of the weights. [0: none]")
-    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Of adapters trained instead of the weights. [0: none]")] = None,
     short_share: Annotated[float | None, typer.Option(help="Of rows with short windows (LongRoPE2). [0]")] = None,
     short_length: Annotated[int | None, typer.Option(help="Tokens of a short window. [the first regime's]")] = None,
     text: Text = None,
@@ -335,6 +333,9 @@ def tune(
     original_length: OriginalLength = None,
     seed: Seed = None,
     tensorboard: Annotated[bool | None, typer.Option(help="Write TensorBoard's files. [where installed]")] = None,
+    overcommit: Annotated[
+        bool, typer.Option("--overcommit", help="Start though memory may run out.")
+    ] = False,
 ) -> None:
     """Fine-tune under a factor file's last regime; resumes exactly. Writes what stock transformers loads."""
     arguments = dict(locals())
