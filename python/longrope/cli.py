@@ -422,6 +422,7 @@ def tune(
     original_length: OriginalLength = None,
     seed: Seed = None,
     tensorboard: Annotated[bool | None, typer.Option(help="Write TensorBoard's files. [where installed]")] = None,
+    overcommit: Annotated[bool, typer.Option("--overcommit", help="Start though memory may run out.")] = False,
 ) -> None:
     """Fine-tune under a factor file's last regime; resumes exactly. Writes what stock transformers loads."""
     arguments = dict(locals())

@@ -177,7 +177,7 @@ def test_the_result_is_a_base_for_more(tuned: Path, ladder: lk.LongRope, texts: 
     assert stock.config.rope_parameters["long_factor"] == list(ladder.scalings[-1].rescale_factors)
     again = models.load(str(tuned / "model"), "fp32")
     assert again.rope == ladder
-    assert again.original_length == tiny.TARGET
+    assert (again.base, again.original_length) == (ladder.scalings[-1], tiny.TARGET)
 
     further = again.extended(again.base.replace(rescale_factors=[8.0] * 16), 512)
     documents = data.documents([str(texts)])
@@ -185,7 +185,7 @@ def test_the_result_is_a_base_for_more(tuned: Path, ladder: lk.LongRope, texts: 
     result = run_tuning(again, further, settings, documents, tmp_path / "further", tensorboard=False)
     reloaded = models.load(str(result.model), "fp32")
     assert reloaded.rope == further
-    assert reloaded.original_length == 512
+    assert reloaded.rope.lengths == (*ladder.lengths, 512)
 
 
 def test_sequences_are_trained_on_under_the_long_regime_whatever_their_length(

@@ -18,6 +18,8 @@ from ..models import TUNED, LoadedModel
 from ..progress import quiet_transformers, waiting
 from ..run import write_atomically
 
+TUNED = "tune.json"
+
 
 def export_checkpoint(
     loaded: LoadedModel,
@@ -34,7 +36,7 @@ def export_checkpoint(
     Args:
         folder: appears whole or not at all; one that holds something else than an export is left alone.
         content: a factor file to put beside the weights.
-        tuned: what is said of weights that were fine-tuned under the last regime; by it `models.load` knows them.
+        tuned: what is said of weights that were fine-tuned under the last regime.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / SIDECAR).is_file())):

@@ -29,6 +29,7 @@ def run_command(
     threads: int | None,
     original_length: int | None,
     tensorboard: bool | None,
+    overcommit: bool,
     **options: Any,
 ) -> TuneResult:
     """Read factors and settings, load the model, train.
@@ -51,7 +52,7 @@ def run_command(
     loaded = models.load(model, dtype, original_length, threads)
     factor_files.read(factors, loaded.base)  # must fit the model
     documents = training(text or ["stdlib"], kept_out(run_dir))
-    result = run_tuning(loaded, rope, settings, documents, out, tensorboard)
+    result = run_tuning(loaded, rope, settings, documents, out, tensorboard, overcommit)
     losses = result.losses
     tenth = max(len(losses) // 10, 1)
     say(

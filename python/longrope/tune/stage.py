@@ -24,7 +24,7 @@ from ..errors import PipelineError, refuse
 from ..export.checkpoint import export_checkpoint
 from ..progress import say, task
 from ..run import RunDirectory, digest, now
-from . import checkpoint
+from . import checkpoint, memory
 from .data import MixedWindows, Segments
 from .lora import Adapters, check_peft
 from .loss import CausalLoss
@@ -60,6 +60,7 @@ def run_tuning(
     documents: Iterable[Document],
     folder: str | Path,
     tensorboard: bool | None = None,
+    overcommit: bool = False,
 ) -> TuneResult:
     """Fine-tune a model under the last regime of a ladder and write it to `folder`/model.
 
@@ -73,10 +74,12 @@ def run_tuning(
         settings: what decides the result besides the model and the documents.
         documents: to train on, see `longrope.data.training`.
         tensorboard: write TensorBoard's files; None: where it is installed.
+        overcommit: start where the memory foreseen is more than there is, too.
 
     Raises:
         UsageError: a wrong argument, another training's folder, or text that cannot fill a sequence; one line.
-        PipelineError: a broken checkpoint, a full disk, or a loss that diverges; the line says what is kept.
+        PipelineError: too little memory is foreseen, and the line says what would fit; a broken checkpoint, a full
+            disk, or a loss that diverges, and it says what is kept.
     """
     folder = Path(folder)
     settings = resolve(settings, loaded, rope)
@@ -94,6 +97,7 @@ def run_tuning(
     with closing(RunDirectory(folder, asked, {"versions": versions()}, log="log.jsonl")) as run:
         done = run.read_json("tune.json")
         if done is None or not (folder / "model" / "config.json").is_file():
+            check_memory(loaded.model, settings, overcommit)
             done = _train(loaded, rope, settings, sequences, run, fingerprint, tensorboard)
         return TuneResult(folder, folder / "model", rope, tuple(done["losses"]), done["seconds"])
 
@@ -169,6 +173,14 @@ def resolve(settings: TuneSettings, loaded: models.LoadedModel, rope: lk.LongRop
             refuse("--short-length", short, expected)
     dtype = compute_dtype(settings.dtype, loaded.dtype)
     return dataclasses.replace(settings, dtype=dtype, short_length=short if settings.short_share else None)
+
+
+def check_memory(model: Any, settings: TuneSettings, overcommit: bool) -> None:
+    """Say what memory is foreseen; refuse where there is less."""
+    shape = memory.Shape.of(model)
+    available = memory.available_bytes(shape.weight_bytes)
+    wanted = memory.foreseen(shape, settings) if overcommit else memory.check(shape, settings, available)
+    say(f"memory foreseen: {wanted.describe()}, of {available / memory.GIB:.1f} GiB")
 
 
 def rows(tokenizer: Any, documents: Iterable[Document], settings: TuneSettings) -> Segments | MixedWindows:
