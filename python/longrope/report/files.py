@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..search.screening import describe
@@ -12,7 +12,11 @@ OURS = "longrope"
 
 @dataclass(frozen=True)
 class Report:
-    """The files of a run directory; None where a stage has not run."""
+    """The files of a run directory; None where a stage has not run.
+
+    Attributes:
+        readjusted: the search for each length that was readjusted.
+    """
 
     run: dict[str, Any]
     inspection: dict[str, Any] | None
@@ -20,6 +24,7 @@ class Report:
     search: dict[str, Any] | None
     heldout: dict[str, Any] | None
     export: dict[str, Any] | None
+    readjusted: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -27,7 +32,9 @@ class Report:
 
 
 def screen_text(screen: dict[str, Any]) -> str:
-    """Say what a screen read; runs from before screens had documents of their own do not say how many."""
+    """Say what a screen read; older runs do not say it in words, the oldest not even of how many documents."""
+    if "where" in screen:
+        return str(screen["where"])
     if "documents" in screen:
         return describe(screen["length"], screen["documents"])
     return f"{screen['length']:,} tokens of every document"

@@ -18,6 +18,7 @@ from .methods import (
     export_section,
     factor_section,
     inspection_section,
+    readjusted_section,
     repeat_section,
     search_section,
 )
@@ -64,6 +65,7 @@ def read_report(folder: Path) -> Report:
         read("search.json"),
         read("heldout.json") or read("baselines.json"),
         read("export.json"),
+        readjusted={int(file.stem.split("-")[1]): read_json(file) for file in folder.glob("readjust-*.json")},
     )
 
 
@@ -95,6 +97,7 @@ def document(report: Report, drawn: dict[str, str], style: str) -> str:
         passkeys(report),
         factor_section(report, drawn),
         search_section(report, drawn),
+        readjusted_section(report),
         inspection_section(report, drawn),
         export_section(report),
         documents_section(report),
