@@ -63,7 +63,7 @@ def test_the_factors_are_drawn_against_both_critical_pairs(copied: Path) -> None
         (ax,) = factors(one, inspection).axes
         drawn = {line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1}
         assert drawn == lines
-    assert "found: pair 5 →" in [text.get_text() for text in factors(search, inspection).axes[0].texts]
+    assert "critical pair found: 5 →" in [text.get_text() for text in factors(search, inspection).axes[0].texts]
 
 
 def test_a_seed_of_any_name_is_drawn(copied: Path) -> None:

@@ -80,6 +80,12 @@ def losses(rope: lk.LongRope) -> list[str]:
     """Return what a transformers configuration cannot say about this ladder, one line each."""
     notes = []
     short, long = rope.scalings[0], rope.scalings[-1]
+    if len(rope.regimes) > 2:
+        notes.append(
+            f"the ladder has regimes up to {', '.join(f'{length:,}' for length in rope.lengths)} tokens, and a "
+            f"transformers configuration has two: stock transformers takes the first up to "
+            f"{rope.original_max_position_embeddings:,} tokens and the last beyond; {SIDECAR} keeps all"
+        )
     if long.start_tokens:
         notes.append(
             f"n-hat is {long.start_tokens}, which a transformers configuration cannot say: stock transformers rescales "

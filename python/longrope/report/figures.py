@@ -18,7 +18,7 @@ from .files import screen_text
 
 COLORS = {"original": "#8a8f98", "pi": "#c58b2a", "ntk": "#4f86c6", "yarn": "#3a9188", "longrope": "#c8385a"}
 TITLES = {"original": "original", "pi": "PI", "ntk": "NTK", "yarn": "YaRN", "longrope": "LongRoPE (ours)"}
-OTHERS = ("#7a5aa6", "#a68a5a", "#5a7aa6", "#8a6d6d", "#6d8a6d")  # seeds without a name of their own
+OTHERS = ("#7a5aa6", "#8a6d3b", "#3b3f46", "#b07aa1", "#7f9f3f")  # seeds without a name of their own
 INK, FAINT = "#22262e", "#d9dce1"
 
 STYLE: Any = {
@@ -58,15 +58,16 @@ def factors(search: dict[str, Any], inspection: dict[str, Any]) -> Figure:
         ours = search["winner"]["candidate"]
         lines = {one["origin"][5:]: one["candidate"]["factors"] for one in search["history"] if _is_seed(one)}
         for (name, values), color in zip(lines.items(), seed_colors(search), strict=True):
-            ax.plot(values, color=color, label=TITLES.get(name, name), linewidth=1.6, alpha=0.9)
+            ax.plot(values, color=color, label=TITLES.get(name, name), linewidth=1.6, alpha=0.9,
+                    linestyle="-" if name in COLORS else "--")  # fmt: skip
         title = TITLES["longrope"] + (f", n-hat {ours['start_tokens']}" if ours["start_tokens"] else "")
         ax.plot(ours["factors"], color=COLORS["longrope"], label=title, linewidth=2.2, marker="o", markersize=3.2)
         _critical(ax, inspection)
         if (found := ours.get("critical_pair")) is not None:
             ax.axvline(found - 0.5, color=COLORS["longrope"], linewidth=0.9, linestyle="--")
             ax.annotate(
-                f"found: pair {found} →", (found - 0.5, 0), (-4, 17), xycoords=("data", "axes fraction"),
-                textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color=COLORS["longrope"],
+                f"critical pair found: {found} →", (found - 0.5, 1), (-4, -5), xycoords=("data", "axes fraction"),
+                textcoords="offset points", ha="right", va="top", fontsize=8.5, color=COLORS["longrope"],
             )  # fmt: skip
         ax.set(xlabel="rotary pair, fastest first", ylabel="rescale factor", title="Rescale factors")
         ax.legend(loc="upper left", bbox_to_anchor=(0, 0.95), fontsize=9)
