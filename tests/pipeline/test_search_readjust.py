@@ -13,7 +13,7 @@ import pytest
 import tiny
 from conftest import Finished, Run
 
-from longrope import factors
+from longrope import factors, models
 from longrope.errors import UsageError
 from longrope.search.readjust import check_lengths, ends
 from longrope.search.seeds import blends
@@ -136,6 +136,19 @@ def test_the_loss_of_a_readjustment_counts_from_position_0(
     original = [r for r in records if r["length"] == 64 and set(r["candidate"]["factors"]) == {1.0}]
     original = [r for r in original if r["candidate"]["start_tokens"] == 0][:2]
     assert scores(folder, 64)["seed original"] == pytest.approx(np.mean([record["nll"] for record in original]))
+
+
+def test_the_ladder_is_exported_and_read_again_whole(
+    extended: Run, readjusted: tuple[Path, list[str]], command: Callable[..., Finished], tmp_path: Path
+) -> None:
+    folder, arguments = readjusted
+    assert command(*arguments).code == 0
+    file, out = folder / "factors/readjusted.json", tmp_path / "export"
+    done = command("export", extended.folder / "export", "--factors", file, "--out", out, "--dtype", "fp32")
+    assert (done.code, done.err) == (0, "")
+    assert "note: the ladder has regimes up to 64, 100, 128, 256 tokens" in done.out
+    source = models.find(str(out))
+    assert models.rope_of(models.load_config(source), source=source) == factors.read(file)[0]
 
 
 def test_another_ladder_for_the_same_directory_is_refused(

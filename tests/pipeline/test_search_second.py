@@ -57,11 +57,11 @@ def test_yarn_keeps_what_turns_often_and_interpolates_what_turns_less_than_once(
     assert np.all((factor[ramp] > 1.0) & (factor[ramp] < FURTHER))
 
 
-def test_yarn_by_theta_alone_would_interpolate_pairs_that_turn_often() -> None:
-    """What the seeds were before: the wavelengths of the untuned model against the tuned length, or the other way."""
+def test_yarn_by_theta_alone_would_take_pairs_to_turn_more_often_than_they_do() -> None:
     scaling = tuned("pi")
     ours = np.asarray(seed_factors(scaling, TUNED_LENGTH, FURTHER)["yarn"].factors)
     by_theta = np.asarray(RopeScaling.yarn(64, 1e5, FURTHER, TUNED_LENGTH).rescale_factors)
+    assert np.all(by_theta <= ours)
     assert np.abs(ours - by_theta).max() > 1.0
 
 

@@ -14,7 +14,7 @@ import longrope_kernels as lk
 from longrope_kernels.integrations.transformers import SIDECAR
 
 from ..errors import PipelineError, disk_error, one_line, refuse
-from ..models import TUNED, LoadedModel
+from ..models import LoadedModel
 from ..progress import quiet_transformers, waiting
 from ..run import write_atomically
 

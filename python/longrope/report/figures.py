@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from .files import screen_text
 
 COLORS = {"original": "#8a8f98", "pi": "#c58b2a", "ntk": "#4f86c6", "yarn": "#3a9188", "longrope": "#c8385a"}
 TITLES = {"original": "original", "pi": "PI", "ntk": "NTK", "yarn": "YaRN", "longrope": "LongRoPE (ours)"}
+OTHERS = ("#7a5aa6", "#8a6d3b", "#3b3f46", "#b07aa1", "#7f9f3f")  # seeds without a name of their own
 INK, FAINT = "#22262e", "#d9dce1"
 
 STYLE: Any = {
@@ -55,11 +57,18 @@ def factors(search: dict[str, Any], inspection: dict[str, Any]) -> Figure:
     with axes() as (figure, ax):
         ours = search["winner"]["candidate"]
         lines = {one["origin"][5:]: one["candidate"]["factors"] for one in search["history"] if _is_seed(one)}
-        for name, values in lines.items():
-            ax.plot(values, color=COLORS[name], label=TITLES[name], linewidth=1.6, alpha=0.9)
+        for (name, values), color in zip(lines.items(), seed_colors(search), strict=True):
+            ax.plot(values, color=color, label=TITLES.get(name, name), linewidth=1.6, alpha=0.9,
+                    linestyle="-" if name in COLORS else "--")  # fmt: skip
         title = TITLES["longrope"] + (f", n-hat {ours['start_tokens']}" if ours["start_tokens"] else "")
         ax.plot(ours["factors"], color=COLORS["longrope"], label=title, linewidth=2.2, marker="o", markersize=3.2)
         _critical(ax, inspection)
+        if (found := ours.get("critical_pair")) is not None:
+            ax.axvline(found - 0.5, color=COLORS["longrope"], linewidth=0.9, linestyle="--")
+            ax.annotate(
+                f"critical pair found: {found} →", (found - 0.5, 1), (-4, -5), xycoords=("data", "axes fraction"),
+                textcoords="offset points", ha="right", va="top", fontsize=8.5, color=COLORS["longrope"],
+            )  # fmt: skip
         ax.set(xlabel="rotary pair, fastest first", ylabel="rescale factor", title="Rescale factors")
         ax.legend(loc="upper left", bbox_to_anchor=(0, 0.95), fontsize=9)
         return figure
@@ -135,13 +144,14 @@ def search_curve(search: dict[str, Any]) -> Figure:
         highest = _highest(search)
         margin = max((highest - best) * 0.12, 1e-4)
         edge = highest + margin / 2
+        seeds = dict(zip((one["id"] for one in history if _is_seed(one)), seed_colors(search), strict=True))
         for index, one in enumerate(history):
             above = one["score"] > highest
             style: dict[str, Any] = {"color": "#9aa0a8", "marker": "^" if above else "o", "markersize": 4}
             if _is_seed(one):
                 name = one["origin"][5:]
-                label = f"seed {TITLES[name]}, {one['score']:.3f}"
-                style = {"color": COLORS[name], "marker": "^" if above else "D", "markersize": 6.5, "label": label}
+                label = f"seed {TITLES.get(name, name)}, {one['score']:.3f}"
+                style = {"color": seeds[one["id"]], "marker": "^" if above else "D", "markersize": 6.5, "label": label}
             ax.plot(index + 1, edge if above else one["score"], linestyle="", **style)
         order = range(1, len(history) + 1)
         ax.step(order, running, where="post", color=COLORS["longrope"], linewidth=2, label="best so far")
@@ -209,6 +219,13 @@ def _critical(ax: Axes, inspection: dict[str, Any], top: bool = False) -> None:
         xycoords=("data", "axes fraction"), textcoords="offset points", va="top" if top else "bottom",
         fontsize=8.5, color="#50565f",
     )  # fmt: skip
+
+
+def seed_colors(search: dict[str, Any]) -> list[str]:
+    """Return a color for each seed of a search, in their order."""
+    names = [one["origin"][5:] for one in search["history"] if _is_seed(one)]
+    others = itertools.cycle(OTHERS)
+    return [COLORS[name] if name in COLORS else next(others) for name in names]
 
 
 def _is_seed(one: dict[str, Any]) -> bool:

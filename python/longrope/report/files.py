@@ -16,6 +16,7 @@ class Report:
 
     Attributes:
         measured: by method, what `longrope measure` has left.
+        readjusted: the search for each length that was readjusted.
     """
 
     run: dict[str, Any]
@@ -29,6 +30,7 @@ class Report:
     ladder: dict[str, Any] | None = None
     tuning: tuple[dict[str, Any], ...] = ()
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    readjusted: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -36,7 +38,9 @@ class Report:
 
 
 def screen_text(screen: dict[str, Any]) -> str:
-    """Say what a screen read; runs from before screens had documents of their own do not say how many."""
+    """Say what a screen read; older runs do not say it in words, the oldest not even of how many documents."""
+    if "where" in screen:
+        return str(screen["where"])
     if "documents" in screen:
         return describe(screen["length"], screen["documents"])
     return f"{screen['length']:,} tokens of every document"

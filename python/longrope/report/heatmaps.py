@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..evaluate.lengths import perplexity
-from .figures import COLORS, INK, STYLE, plain_log, axes
+from .figures import COLORS, INK, STYLE, axes, plain_log
 
 # One brightness for one value, to every kind of eye and in print; in so few steps that SVG needs no picture for them.
 COLOR_MAP = mpl.colormaps["cividis"].resampled(21)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from html import escape
+from typing import Any
 
 from ..progress import clock
 from .files import Report, screen_text
@@ -22,9 +23,60 @@ def factor_section(report: Report, drawn: dict[str, str]) -> str:
             drawn.get("factors"),
             "A factor of 2 makes a pair turn half as fast. Seeds at attention factor 1 beside the winner.",
         )
+        + critical_text(report)
         + f"<p>n-hat {winner['start_tokens']}, attention factor {winner['attention_factor']:g}. As JSON with "
         "provenance: <code>factors/winner.json</code>.</p>"
         f"<details><summary>all {len(winner['factors'])} factors</summary><pre>{listed}</pre></details>"
+    )
+
+
+def critical_text(report: Report) -> str:
+    """Say where the search put the critical pair, where it chose one."""
+    search, inspection = report.search, report.inspection
+    found = None if search is None else search["winner"]["candidate"].get("critical_pair")
+    if found is None or inspection is None:
+        return ""
+    return (
+        f"<p>Critical pair found: {found}; the theoretical one is {inspection['critical_pair']}. Below it the factors "
+        "are NTK's, with the base that gives it the whole extension; from there on each pair has its own.</p>"
+    )
+
+
+def minimised(search: dict[str, Any]) -> str:
+    """Say what the search minimised."""
+    if search.get("objective", "text") == "needle":
+        return (
+            "the loss of answers at the end of the search documents, each about a sentence near their start "
+            "(LongRoPE2's needles)"
+        )
+    return f"mean loss over positions {search['score_from']:,} to {search['target_length']:,} of the search documents"
+
+
+def allowed(space: dict[str, Any]) -> str:
+    """Say which factors the search could choose."""
+    grid = f"[{space['lower']:g}, {space['upper']:g}] in steps of {space['step']:g}"
+    order = "never decreasing" if space["monotone"] else "in any order"
+    if space.get("kind", "all") == "critical":
+        pairs = space["critical_pairs"]
+        return f"Critical pair from {pairs[0]} to {pairs[-1]}, factors from it on in {grid}, {order}, NTK below"
+    return f"Factors in {grid}, {order}"
+
+
+def readjusted_section(report: Report) -> str:
+    """One row for each length that was readjusted."""
+    if not report.readjusted:
+        return ""
+    rows = []
+    for length, search in sorted(report.readjusted.items()):
+        scores = {one["origin"]: one["score"] for one in search["history"]}
+        winner = search["winner"]
+        ends = [f"{scores[f'seed {name}']:.4f}" for name in ("original", "extended")]
+        largest = f"{max(winner['candidate']['factors']):g}"
+        rows.append((False, [f"{length:,}", *ends, f"{winner['score']:.4f}", winner["origin"], largest]))
+    head = ["length", "original factors", "extended factors", "readjusted", "which is", "largest factor"]
+    return (
+        "<h2>Readjusted for short texts</h2><p>Mean loss from position 0 of the search documents, on the extended "
+        "model. Both ends are seeds of this search, so it is never worse than either there.</p>" + table(head, rows)
     )
 
 
@@ -38,8 +90,8 @@ def search_section(report: Report, drawn: dict[str, str]) -> str:
     parts = ["<h2>The search</h2>"]
     parts.append(
         f"<p>{search['evaluations']} evaluations (one is one forward of one document), "
-        f"{clock(search['seconds'])} of forwards; ended because {escape(search['stopped'])}. Minimised: mean loss over "
-        f"positions {search['score_from']:,} to {search['target_length']:,} of the search documents.</p>"
+        f"{clock(search['seconds'])} of forwards; ended because {escape(search['stopped'])}. Method: "
+        f"{escape(search.get('method', 'LongRoPE'))}. Minimised: {minimised(search)}.</p>"
     )
     if search["winner_is_a_seed"]:
         parts.append(f"<p>The winner is a seed: {escape(seed['origin'])}.</p>")
@@ -74,9 +126,7 @@ def search_section(report: Report, drawn: dict[str, str]) -> str:
     parts.append(
         f"<p>Population {settings['population']}, up to {settings['iterations']} iterations of {settings['mutations']} "
         f"mutations and {settings['crossovers']} crossovers of the best {settings['parents']}, mutation probability "
-        f"{settings['mutation_probability']:g}, seed {settings['seed']}. Factors in [{space['lower']:g}, "
-        f"{space['upper']:g}] in steps of {space['step']:g}, "
-        f"{'never decreasing' if space['monotone'] else 'in any order'}; "
+        f"{settings['mutation_probability']:g}, seed {settings['seed']}. {allowed(space)}; "
         f"n-hat in {escape(str(space['start_tokens']))}.</p>"
     )
     return "\n".join(parts)

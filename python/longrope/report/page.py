@@ -21,6 +21,7 @@ from .methods import (
     export_section,
     factor_section,
     inspection_section,
+    readjusted_section,
     repeat_section,
     search_section,
 )
@@ -75,6 +76,7 @@ def read_report(folder: Path) -> Report:
         read("ladder.json"),
         tuning_stages(folder, plan),
         read_measured(folder),
+        readjusted={int(file.stem.split("-")[1]): read_json(file) for file in folder.glob("readjust-*.json")},
     )
 
 
@@ -136,6 +138,7 @@ def document(report: Report, drawn: dict[str, str], style: str) -> str:
         measured.measured_sections(report, drawn),
         factor_section(report, drawn),
         search_section(report, drawn),
+        readjusted_section(report),
         inspection_section(report, drawn),
         export_section(report),
         documents_section(report),

@@ -8,8 +8,8 @@
     layer        what the backward pass of one layer holds: its activations, computed again, and their gradients
     loss         the logits of a chunk of positions several times over, and the gradient of the head
 
-tests/pipeline/test_tune_memory.py holds the sum to 0.9 to 1.4 times the measured peak, with tensors that the C library maps
-each by itself, as it does from 32 MiB on; of smaller ones the heap's fragments come on top.
+tests/pipeline/test_tune_memory.py holds the sum to 0.9 to 1.4 times the measured peak, with tensors that the C library
+maps each by itself, as it does from 32 MiB on; of smaller ones the heap's fragments come on top.
 """
 
 from __future__ import annotations
