@@ -132,7 +132,7 @@ setup(
     packages=packages,
     package_data={
         "longrope_kernels": ["py.typed", "backends/triton/configs.json"],
-        "longrope": ["py.typed", "report/*.css"],
+        "longrope": ["py.typed", "report/*.css", "evaluate/lm_eval_tasks/*"],
     },
     ext_modules=[Extension(f"longrope_kernels.{name}", sources=[]) for name in ("_cpu", "_cuda") if MODE != "0"],
     cmdclass={"build_ext": CMakeBuild},

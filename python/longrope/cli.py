@@ -267,6 +267,56 @@ def evaluate(
 
 
 @app.command()
+def measure(
+    model: Model,
+    to: Annotated[int | None, typer.Option("--to", help="Tokens read of a document. [the run's, or longest]")] = None,
+    run_dir: RunDir = None,
+    method: Annotated[
+        str | None, typer.Option(help="original, pi, ntk, dynamic-ntk, yarn, longrope; with commas. [the winner]")
+    ] = None,
+    factors: Annotated[Path | None, typer.Option("--factors", help="A factor file, beside the methods.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="4096,8192,... [doubles of the original length]")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Of perplexity, sliding, passkey, multi-needle, ruler or its tasks by name, or none.")
+    ] = "perplexity,passkey,multi-needle,ruler",
+    depths: Annotated[str | None, typer.Option(help="Of passkeys and needles. [0,0.25,0.5,0.75,1]")] = None,
+    samples: Annotated[int, typer.Option(help="Of every RULER task; trials of every depth.")] = 5,
+    needles: Annotated[int, typer.Option(help="Of multi-needle.")] = 4,
+    stride: Annotated[int, typer.Option(help="Of sliding windows, in tokens.")] = 256,
+    lm_eval: Annotated[str | None, typer.Option("--lm-eval", help="lm-eval tasks, with commas; longrope_tiny.")] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option("--lm-eval-limit", help="Samples of each. [all]")] = None,
+    text: Text = None,
+    heldout_text: HeldoutText = None,
+    heldout_documents: HeldoutDocuments = None,
+    windows_per_document: Windows = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    original_length: OriginalLength = None,
+    seed: Annotated[int, typer.Option(help="Of what is hidden and asked.")] = 0,
+) -> None:
+    """Perplexity by length, passkeys and needles by depth, RULER-like tasks, lm-eval: any method, with intervals."""
+    arguments = {name: value for name, value in locals().items() if name not in ("method", "factors")}
+    from .factors import read
+    from .options import serves
+
+    if serves(model, threads):
+        return
+    if factors is not None:
+        read(factors)
+    from .measuring import chosen_methods, open_measurement, say_measured
+
+    context, plan = open_measurement(**arguments, command=typed())
+    from .evaluate.measure import measure as run_measure
+    from .progress import say
+    from .report import write_report
+
+    with closing(context):
+        results = run_measure(context, chosen_methods(context, method, factors, plan), plan)
+        say_measured(results, plan)
+        say(f"{context.run.path / 'measured'}, {write_report(context.run.path)}")
+
+
+@app.command()
 def export(
     model: Model,
     factors: Annotated[Path, typer.Option("--factors", help="A factor file.")],

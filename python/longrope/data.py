@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -109,6 +109,7 @@ def split(
     windows_per_document: int = 1,
     heldout_sources: Iterable[str] | None = None,
     progress: Callable[[str], None] = lambda note: None,
+    required: Sequence[str] = ("search", "heldout"),
 ) -> Split:
     """Choose the documents of both sides.
 
@@ -120,9 +121,10 @@ def split(
         length: tokens of every window.
         search, heldout: documents wanted on each side; fewer where there are fewer, but at least one.
         windows_per_document: windows taken from a document where it is long enough, one after the other.
+        required: the sides that must have a document.
 
     Raises:
-        UsageError: fewer than one document for either side.
+        UsageError: fewer than one document for a side that must have one.
     """
     sources = tuple(sources)
     heldout_sources = None if heldout_sources is None else tuple(heldout_sources)
@@ -154,7 +156,7 @@ def split(
                 chosen[side] += found
                 break
     for side, windows in chosen.items():
-        if not windows:
+        if not windows and side in required:
             apart = heldout_sources is not None
             argument = "--heldout-text" if side == "heldout" and apart else "--text"
             places = tuple(heldout_sources or ()) if side == "heldout" and apart else sources

@@ -48,10 +48,18 @@ def nll_of(model: Any, hidden: Tensor, input_ids: Tensor, start: int = 1, chunk_
 
 
 @torch.inference_mode()
-def next_tokens(model: Any, input_ids: Tensor, start: int) -> Tensor:
-    """Return the likeliest token at each index from `start` on, given all tokens before it; int64[tokens - start]."""
+def answer_scores(model: Any, input_ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Return the likeliest token at each index from `start` on, and the loss of the one that is there.
+
+    Args:
+        input_ids: int64[tokens]; those from `start` on, the answer, are few: their logits are held at once.
+
+    Returns:
+        int64[tokens - start], and float32[tokens - start] in nats, each given all tokens before it.
+    """
     hidden = last_hidden_state(model, input_ids)
-    return head_logits(model, hidden[start - 1 : -1]).argmax(-1)
+    logits = head_logits(model, hidden[start - 1 : -1])
+    return logits.argmax(-1), functional.cross_entropy(logits, input_ids[start:], reduction="none")
 
 
 def last_hidden_state(model: Any, input_ids: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ def open_run(
     passkey_depths: str | None = None,
     keep_settings: bool = False,
     command: str | None = None,
+    extends: bool = True,
     **options: Any,
 ) -> tuple[Context, Budget]:
     """Open the run that the options of a command describe.
@@ -41,6 +42,7 @@ def open_run(
         options: fields of `Request` as the command line has them; None leaves the preset's or the default.
         command: the line as typed, for the record.
         keep_settings: what is not said comes from the run directory where there is one.
+        extends: see `Context.open`.
     """
     chosen = Preset({}) if preset is None else presets.preset(preset)
     folder = run_dir or Path("runs") / f"{Path(model).stem or model}-{to}"
@@ -78,7 +80,7 @@ def open_run(
         refuse("--passkey-depths", passkey_depths, "numbers between 0 and 1")
     asked: dict[str, Any] = {"evaluations": evaluations, "minutes": minutes}
     if keep_settings:  # what the run was asked stays on record
-        asked, command = run.get("budget", {}), run.get("command")
+        asked, command = run.get("budget", {}), run.get("command") or command
     context = Context.open(
         request,
         folder,
@@ -86,6 +88,7 @@ def open_run(
         depths,
         asked,
         command,
+        extends,
     )
     return context, spending
 

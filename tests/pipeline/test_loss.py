@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
 from longrope import loss
-from longrope.loss import next_tokens, token_nll
+from longrope.loss import answer_scores, token_nll
 
 SMALL: dict[str, Any] = {
     "vocab_size": 256,
@@ -69,11 +69,13 @@ def test_the_first_token_has_nothing_before_it_and_no_loss() -> None:
     assert token_nll(model, TOKENS, 100).shape == (0,)
 
 
-def test_the_likeliest_next_tokens_are_those_of_the_logits() -> None:
+def test_an_answer_is_scored_as_the_logits_say() -> None:
     model = made("llama")
     with torch.inference_mode():
         expected = model(TOKENS.unsqueeze(0)).logits[0, 89:-1].argmax(-1)
-    assert torch.equal(next_tokens(model, TOKENS, 90), expected)
+    likeliest, losses = answer_scores(model, TOKENS, 90)
+    assert torch.equal(likeliest, expected)
+    torch.testing.assert_close(losses, plain(model, TOKENS, 90), rtol=1e-5, atol=1e-5)
 
 
 class Largest(TorchDispatchMode):

@@ -1,7 +1,7 @@
-"""Intervals of the difference of two methods on the same tokens.
+"""Intervals: of a mean loss, of the difference of two methods on the same tokens, of a share of questions answered.
 
-Losses of neighbouring tokens depend on each other, so whole blocks of them are resampled, and both methods are always
-resampled together: what a text is like cancels, what the methods differ in remains.
+Losses of neighbouring tokens depend on each other, so whole blocks of them are resampled, within their document. Two
+methods are always resampled together: what a text is like cancels, what the methods differ in remains.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .scoring import blocks
 
 RESAMPLES = 10_000
 BLOCK_TOKENS = 256
+NORMAL_95 = 1.959963984540054  # the two-sided 95% point of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,64 @@ def merged(record: dict[str, Any], first: int, last: int, size: int) -> tuple[np
     sums, counts = blocks(record, first, last)
     edges = np.arange(0, len(counts), size // record["block_tokens"])
     return np.add.reduceat(sums, edges), np.add.reduceat(counts, edges)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with the ends of its 95% interval; None where there is too little to tell."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def mean_interval(
+    groups: Sequence[tuple[np.ndarray, np.ndarray]],
+    block: int | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap a mean: the total of `sums` over the total of `counts`.
+
+    Args:
+        groups: sums and counts of neighbouring stretches, float64[stretches] each, for each document. Blocks are
+            resampled within a document, and its number of blocks is kept.
+        block: tokens that are resampled as one, at least; None: 256, or what leaves 16 blocks of the first document.
+
+    Returns:
+        An interval without ends where there are fewer than two blocks. One of equal values is zero wide.
+    """
+    if block is None:
+        block = min(BLOCK_TOKENS, max(int(groups[0][1].sum()) // 16, 1))
+    random = np.random.default_rng(seed)
+    totals, tokens = np.zeros(resamples), np.zeros(resamples)
+    drawn_from = 0
+    for sums, counts in groups:
+        # A stretch belongs to the block in which it begins.
+        index = ((np.cumsum(counts) - counts) // block).astype(np.int64)
+        _, index = np.unique(index, return_inverse=True)
+        total, number = np.bincount(index, sums), np.bincount(index, counts)
+        drawn_from += len(total)
+        drawn = random.multinomial(len(total), np.full(len(total), 1 / len(total)), size=resamples)
+        totals += drawn @ total
+        tokens += drawn @ number
+    mean = sum(float(sums.sum()) for sums, _ in groups) / sum(float(counts.sum()) for _, counts in groups)
+    if drawn_from < 2:
+        return Interval(mean, None, None)
+    low, high = np.quantile(totals / tokens, (0.025, 0.975))
+    return Interval(mean, float(low), float(high))
+
+
+def wilson(successes: int, trials: int) -> Interval:
+    """Return the share of successes with Wilson's interval of a binomial (1927), which serves at 0 and 1 as well.
+
+    Examples:
+        >>> one = wilson(10, 10)
+        >>> one.value, round(one.low, 3), one.high
+        (1.0, 0.722, 1.0)
+    """
+    z2 = NORMAL_95**2
+    share = successes / trials
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = NORMAL_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return Interval(share, max(middle - half, 0.0), min(middle + half, 1.0))

@@ -1,29 +1,32 @@
 """Passkey retrieval: a number hidden at some depth of a long filler text, asked for at its end.
 
-The task of arXiv 2305.16300, scored in one forward per depth: every token of the answer must be the likeliest one
-given all before it, which is what greedy decoding would have to produce.
+The task of arXiv 2305.16300, and the same with several numbers of which all must be found. Scored in one forward, see
+`prompts`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 import longrope_kernels as lk
 
 from ..errors import refuse
-from ..loss import next_tokens
 from ..models import LoadedModel
-from ..run import EvaluationLog, digest, now
+from ..run import EvaluationLog
+from .prompts import NOISE, Sample, answers, ask, bury, encoder, opening, too_short
 
 TASK = "There is an important pass key hidden in the text below. Find it and remember it.\n\n"
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is"
+
+MULTI_TASK = "There are important pass keys hidden in the text below. Find them and remember them.\n\n"
+MULTI_NEEDLE = "\nThe pass key of the {name} box is {key}. Remember it.\n"
+MULTI_QUESTION = "\n\nWhat are the pass keys?"
+MULTI_ANSWER = " The pass key of the {name} box is"
+BOXES = ("red", "blue", "green", "yellow", "black", "white", "brown", "silver", "purple", "golden", "orange", "pink")
 
 
 def passkey(
@@ -45,37 +48,54 @@ def passkey(
     """
     records = []
     for number, depth in enumerate(depths):
-        if not 0 <= depth <= 1:
-            refuse("--passkey-depths", depth, "numbers between 0 and 1")
-        prompt, answer = build(loaded.tokenizer, length, depth, seed + number)
-        key = digest({"passkey": [prompt, answer], "rope": rope.to_dict()})
-        record = log.get(key)
-        if record is None:
-            loaded.use(rope)
-            began = time.monotonic()
-            guessed = next_tokens(loaded.model, torch.tensor([*prompt, *answer]), len(prompt)).tolist()
-            seconds = round(time.monotonic() - began, 3)
-            found = {"depth": depth, "length": length, "retrieved": guessed == answer}
-            said = {"expected": loaded.tokenizer.decode(answer), "guessed": loaded.tokenizer.decode(guessed)}
-            record = log.append(key, {**about, "stage": "passkey", **found, **said, "seconds": seconds, "time": now()})
-            on_new(length, seconds)
-        records.append(record)
+        sample = one_key(loaded.tokenizer, length, depth, seed + number)
+        records.append(ask(loaded, log, rope, sample, on_new, depth=depth, **about))
     return records
 
 
-def build(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return the tokens of the prompt and of the answer, `length` together."""
+def one_key(tokenizer: Any, length: int, depth: float, seed: int, option: str = "--passkey-depths") -> Sample:
+    """Return the question for one number, `length` tokens with its answer."""
+    prompt, answer = build(tokenizer, length, depth, seed, option)
+    return Sample("passkey", tuple(prompt), tuple(answer), ((0, len(answer)),))
+
+
+def build(
+    tokenizer: Any, length: int, depth: float, seed: int, option: str = "--passkey-depths"
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of the prompt and of the answer, `length` together; `option` is what an error names."""
+    if not 0 <= depth <= 1:
+        refuse(option, depth, "numbers between 0 and 1")
     number = str(int(np.random.default_rng([seed, length]).integers(10_000, 100_000)))
-
-    def encode(text: str, special: bool = False) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-    head, needle, question = encode(TASK, special=True), encode(NEEDLE.format(key=number)), encode(QUESTION)
+    encode = encoder(tokenizer)
+    head, needle, question = opening(tokenizer, TASK), encode(NEEDLE.format(key=number)), encode(QUESTION)
     answer = encode(f" {number}")
-    filler = encode(FILLER)
     room = length - sum(map(len, (head, needle, question, answer)))
     if room < 0:
-        refuse("--passkey-depths", f"{length} tokens", f"at least {length - room}, what the task needs, or none")
-    text = (filler * (room // len(filler) + 1))[:room]
-    at = round(depth * room)
-    return [*head, *text[:at], *needle, *text[at:], *question], answer
+        refuse(option, f"{length} tokens", f"at least {length - room}, what passkey needs with this tokenizer")
+    return [*head, *bury(encode(NOISE), [(depth, needle)], room), *question], answer
+
+
+def many_keys(tokenizer: Any, length: int, depth: float, seed: int, count: int) -> Sample:
+    """Return the question for `count` numbers, each of a box of another colour, `length` tokens with the answers.
+
+    The first needle is at `depth`, the others follow at equal distances up to the end. They are asked for in an order
+    of their own.
+    """
+    if not 2 <= count <= len(BOXES):
+        refuse("--needles", count, f"an int between 2 and {len(BOXES)}")
+    random = np.random.default_rng([seed, length, count])
+    names = [BOXES[i] for i in random.permutation(len(BOXES))[:count]]
+    keys = [str(key) for key in random.choice(90_000, count, replace=False) + 10_000]
+    encode = encoder(tokenizer)
+    needles = [
+        (depth + (1 - depth) * number / count, encode(MULTI_NEEDLE.format(name=name, key=key)))
+        for number, (name, key) in enumerate(zip(names, keys, strict=True))
+    ]
+    asked = [(MULTI_ANSWER.format(name=names[i]), keys[i]) for i in random.permutation(count)]
+    parts = [(given if not i else f".{given}", f" {key}") for i, (given, key) in enumerate(asked)]
+    head, question = opening(tokenizer, MULTI_TASK), encode(MULTI_QUESTION)
+    answer, spans = answers(encode, MULTI_QUESTION, parts)
+    room = length - sum(map(len, (head, question, answer, *(needle for _, needle in needles))))
+    if room < 0:
+        too_short(length, length - room, f"multi-needle with {count} needles")
+    return Sample("multi-needle", (*head, *bury(encode(NOISE), needles, room), *question), tuple(answer), tuple(spans))

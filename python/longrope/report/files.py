@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..search.screening import describe
@@ -12,7 +12,11 @@ OURS = "longrope"
 
 @dataclass(frozen=True)
 class Report:
-    """The files of a run directory; None where a stage has not run."""
+    """The files of a run directory; None where a stage has not run.
+
+    Attributes:
+        measured: by method, what `longrope measure` has left.
+    """
 
     run: dict[str, Any]
     inspection: dict[str, Any] | None
@@ -20,6 +24,7 @@ class Report:
     search: dict[str, Any] | None
     heldout: dict[str, Any] | None
     export: dict[str, Any] | None
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:

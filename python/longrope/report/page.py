@@ -10,9 +10,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..errors import refuse
+from ..evaluate.measure import BASELINES as MEASURED
+from ..evaluate.measure import FOLDER
+from ..evaluate.measure import FORMAT as MEASURED_FORMAT
 from ..run import FORMAT, read_json, write_atomically
-from . import figures
-from .files import Report
+from . import figures, measured
+from .files import OURS, Report
 from .methods import (
     documents_section,
     export_section,
@@ -37,11 +40,14 @@ def write_report(folder: str | Path) -> Path:
     if report.inspection is None:
         refuse("RUN", folder, "a run directory with at least an inspection.json (run: longrope extend)")
     drawn: dict[str, str] = {}
+    also_svg = measured.drawings(report)
     for name, make in drawings(report).items():
         figure = make()
         if figure is not None:
             write_atomically(folder / "figures" / f"{name}.png", figures.png(figure))
             drawn[name] = figures.svg(figure)
+            if name in also_svg:
+                write_atomically(folder / "figures" / f"{name}.svg", drawn[name].encode())
     style = Path(__file__).with_name("style.css").read_text()
     page = folder / "report.html"
     write_atomically(page, document(report, drawn, style).encode())
@@ -64,7 +70,20 @@ def read_report(folder: Path) -> Report:
         read("search.json"),
         read("heldout.json") or read("baselines.json"),
         read("export.json"),
+        read_measured(folder),
     )
+
+
+def read_measured(folder: Path) -> dict[str, Any]:
+    """Return what `longrope measure` has left, by method: baselines in the order of their strength, ours last."""
+    order = (*MEASURED, OURS)
+    found = {}
+    for file in sorted((folder / FOLDER).glob("*.json")):
+        content = read_json(file)
+        if not isinstance(content, dict) or content.get("format") != MEASURED_FORMAT:
+            refuse("RUN", file, f"a file of format {MEASURED_FORMAT!r}")
+        found[content["method"]] = content
+    return dict(sorted(found.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)))
 
 
 def drawings(report: Report) -> dict[str, Callable[[], Figure | None]]:
@@ -79,7 +98,7 @@ def drawings(report: Report) -> dict[str, Callable[[], Figure | None]]:
         made["screens"] = lambda: figures.screens(search)
     if heldout is not None:
         made["perplexity_by_position"] = lambda: figures.by_position(heldout)
-    return made
+    return {**made, **measured.drawings(report)}
 
 
 def document(report: Report, drawn: dict[str, str], style: str) -> str:
@@ -93,6 +112,7 @@ def document(report: Report, drawn: dict[str, str], style: str) -> str:
         intervals(report),
         short_text(report),
         passkeys(report),
+        measured.measured_sections(report, drawn),
         factor_section(report, drawn),
         search_section(report, drawn),
         inspection_section(report, drawn),

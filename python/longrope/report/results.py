@@ -11,11 +11,14 @@ from .markup import as_number, as_perplexity, card, figure, table
 def headline(report: Report, title: str) -> str:
     """Say what came out, in two sentences and a row of numbers."""
     parts = [f"<h1>{escape(title)}</h1>"]
+    heldout, search = report.heldout, report.search
+    if report.measured and search is None and heldout is None:
+        parts.append('<p class="lead">What was measured, on texts that no search has read.</p>')
+        return "\n".join(parts)
     parts.append(
         '<p class="lead">Rescale factors of the rotary embedding, searched on some documents and proved on others. '
         "The weights are untouched.</p>"
     )
-    heldout, search = report.heldout, report.search
     if heldout is None or OURS not in heldout["methods"]:
         return "\n".join(parts)
     methods = heldout["methods"]
