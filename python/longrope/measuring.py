@@ -19,6 +19,7 @@ from .evaluate.stage import OURS, TITLES
 from .inspection import inspect_rope
 from .options import integers, numbers, open_run
 from .progress import console, say
+from .report.measured import shown_differences, signed
 from .run import read_run
 from .search.stage import WINNER_FILE
 
@@ -149,6 +150,11 @@ def say_measured(results: Sequence[dict[str, Any]], plan: Plan) -> None:
                 one["title"]: {row["length"]: _cell(section, row) for row in one[section]["rows"]} for one in results
             }
             _table(title, "method", plan.lengths, cells)
+            for one in results if section in (PERPLEXITY, SLIDING) else ():
+                for other, minus in shown_differences(one, section, plan.lengths[-1]).items():
+                    say(
+                        f"  loss at {plan.lengths[-1]:,}, {one['title']} minus {BASELINES[other]}: {signed(minus)} nats"
+                    )
     if plan.ruler_tasks:
         for one in results:
             cells = {name: {} for name in plan.ruler_tasks}

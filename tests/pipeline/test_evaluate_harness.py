@@ -1,4 +1,4 @@
-"""lm-eval on the packaged task, where lm-eval is installed: `make test` does not install its 42 packages."""
+"""lm-eval on the packaged task, where lm-eval is installed: `make test` does not install its 40 packages."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import longrope_kernels as lk
 from longrope.data import Split, Window
 from longrope.errors import UsageError
 from longrope.evaluate import Scorer
-from longrope.evaluate.lengths import Cut, forwards, non_overlapping, score, sliding
+from longrope.evaluate.lengths import Cut, difference, forwards, non_overlapping, score, sliding
 from longrope.models import LoadedModel
 from longrope.run import EvaluationLog
 
@@ -121,6 +121,21 @@ def test_every_window_is_scored_once_for_good(
     assert rows[0] == rows[1]
     assert new == [128] * 3
     assert len(forwards(cuts, yarn)) == 3
+
+
+def test_a_difference_is_paired_and_computes_nothing(
+    loaded: LoadedModel, log: EvaluationLog, yarn: lk.LongRope, text: Window
+) -> None:
+    scorer = Scorer(loaded, log)
+    cuts = [sliding(text, 192, 32)]
+    one = score(scorer, cuts, yarn)
+    assert difference(scorer, cuts, yarn, loaded.rope) is None
+    other = score(scorer, cuts, loaded.rope)
+    found, swapped = difference(scorer, cuts, yarn, loaded.rope), difference(scorer, cuts, loaded.rope, yarn)
+    assert found["mean"] == pytest.approx(one["nll"] - other["nll"])
+    assert found["low"] < found["mean"] < found["high"]
+    assert swapped["mean"] == pytest.approx(-found["mean"])
+    assert difference(scorer, cuts, yarn, yarn) == {"mean": 0.0, "low": 0.0, "high": 0.0}
 
 
 @pytest.mark.parametrize("stride", [0, -1, 64])

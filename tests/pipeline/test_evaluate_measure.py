@@ -53,6 +53,9 @@ def test_every_baseline_is_one_line(measure: Command, tmp_path: Path) -> None:
     assert at_target["dynamic-ntk"] == at_target["ntk"], "at its target, dynamic NTK is NTK"
     assert len(set(at_target.values())) == 4
     assert rows["dynamic-ntk"][1]["nll"] != rows["ntk"][1]["nll"], "below it, it stretches less"
+    assert not rows["yarn"][0]["minus"]
+    assert rows["yarn"][2]["minus"]["pi"]["mean"] == pytest.approx(at_target["yarn"] - at_target["pi"])
+    assert "loss at 256, YaRN minus original: " in done.out
     sliding = read(tmp_path / "run", "yarn")["sliding"]
     assert sliding["stride"] == 64
     assert [row["windows"] for row in sliding["rows"]] == [6, 4, 2]

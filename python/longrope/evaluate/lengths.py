@@ -36,6 +36,7 @@ from .scoring import Scorer, blocks
 
 STRIDE = 256
 Cut = tuple[Window, int]
+Sums = tuple[np.ndarray, np.ndarray]  # losses and numbers of tokens of neighbouring blocks
 
 
 def sliding(text: Window, length: int, stride: int = STRIDE) -> list[Cut]:
@@ -87,10 +88,11 @@ def score(scorer: Scorer, texts: Sequence[Sequence[Cut]], rope: lk.LongRope, **a
         resampled within documents), and `full_context`, the mean loss of what windows after the first of a sliding
         evaluation score; None where there is none.
     """
-    records = [
-        [scorer.score(window, rope, len(window.tokens), start, **about) for window, start in text] for text in texts
-    ]
-    parts = [[_scored(record) for record in text] for text in records]
+    for text in texts:
+        for window, start in text:
+            scorer.score(window, rope, len(window.tokens), start, **about)
+    parts = _parts(scorer, texts, rope)
+    assert parts is not None
     merged = [_joined(text) for text in parts]
     found = mean_interval(merged)
     late = [
@@ -105,6 +107,21 @@ def score(scorer: Scorer, texts: Sequence[Sequence[Cut]], rope: lk.LongRope, **a
         "perplexity": perplexity(found.value),
         "full_context": sum(sums.sum() for sums, _ in late) / sum(counts.sum() for _, counts in late) if late else None,
     }
+
+
+def difference(
+    scorer: Scorer, texts: Sequence[Sequence[Cut]], rope: lk.LongRope, other: lk.LongRope
+) -> dict[str, float | None] | None:
+    """Return the mean loss under `rope` minus that under `other`, blocks of both resampled together.
+
+    None where the log lacks a score of either: nothing is computed.
+    """
+    ours, theirs = (_parts(scorer, texts, ladder) for ladder in (rope, other))
+    if ours is None or theirs is None:
+        return None
+    pairs = [(_joined(one), _joined(two)) for one, two in zip(ours, theirs, strict=True)]
+    found = mean_interval([(sums - others, counts) for (sums, counts), (others, _) in pairs])
+    return {"mean": found.value, "low": found.low, "high": found.high}
 
 
 def perplexity(nll: float) -> float:
@@ -122,9 +139,18 @@ def _part(text: Window, first: int, length: int) -> Window:
     return dataclasses.replace(text, offset=text.offset + first, tokens=text.tokens[first : first + length])
 
 
-def _scored(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    return blocks(record, 0, record["length"])
+def _parts(scorer: Scorer, texts: Sequence[Sequence[Cut]], rope: lk.LongRope) -> list[list[Sums]] | None:
+    """Return sums and counts of the blocks of every window, by document, or None where one is not in the log."""
+    found: list[list[Sums]] = []
+    for text in texts:
+        found.append([])
+        for window, start in text:
+            record = scorer.known(window, rope, len(window.tokens), start)
+            if record is None:
+                return None
+            found[-1].append(blocks(record, 0, record["length"]))
+    return found
 
 
-def _joined(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def _joined(parts: Sequence[Sums]) -> Sums:
     return np.concatenate([sums for sums, _ in parts]), np.concatenate([counts for _, counts in parts])

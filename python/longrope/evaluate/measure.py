@@ -104,7 +104,9 @@ def regime(context: Context, method: Method, length: int) -> lk.LongRope:
 
 
 def measure(context: Context, methods: Sequence[Method], plan: Plan) -> list[dict[str, Any]]:
-    """Measure all methods, write a file of each, and return their contents."""
+    """Measure all methods, baselines first, write a file of each, and return their contents."""
+    order = (*BASELINES, *(method.name for method in methods))
+    methods = sorted(methods, key=lambda method: order.index(method.name))
     harness.check(plan.lm_eval)
     try_prompts(context, plan)
     done = []
@@ -188,8 +190,24 @@ def windows(
     jobs = [(length, [cut(text, length) for text in texts], regime(context, method, length)) for length in plan.lengths]
     for _, cuts, rope in jobs:
         scorer.announce(lengths.forwards(cuts, rope, **about))
-    rows = [{"length": length, **lengths.score(scorer, cuts, rope, **about)} for length, cuts, rope in jobs]
+    rows = []
+    for length, cuts, rope in jobs:
+        row = {"length": length, **lengths.score(scorer, cuts, rope, **about)}
+        rows.append({**row, "minus": differences(context, scorer, cuts, rope, length)})
     return {"documents": [text.describe() for text in texts], "rows": rows}
+
+
+def differences(
+    context: Context, scorer: Scorer, cuts: Sequence[Sequence[lengths.Cut]], rope: lk.LongRope, length: int
+) -> dict[str, dict[str, float | None]]:
+    """Return the loss minus that of every baseline which has been scored on the same windows and differs."""
+    found = {}
+    for name in BASELINES:
+        other = regime(context, baseline(context, name), length)
+        minus = None if other == rope else lengths.difference(scorer, cuts, rope, other)
+        if minus is not None:
+            found[name] = minus
+    return found
 
 
 def ruler_rows(context: Context, method: Method, plan: Plan, work: Task) -> list[dict[str, Any]]:

@@ -110,6 +110,10 @@ class Scorer:
         self.on_new(forward.length, record["seconds"])
         return record
 
+    def known(self, window: Window, rope: lk.LongRope, length: int, start: int = 0) -> dict[str, Any] | None:
+        """Return the record that `score` would, where the log has it."""
+        return self.log.get(_keyed(Forward(window, rope, length, start))[0])
+
     def _run(self, key: str, forward: Forward) -> None:
         record = run_forward(self.loaded, forward)
         self.log.append_once(key, {**forward.about, "window": forward.window.name, **record})

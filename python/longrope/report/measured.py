@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..evaluate.lengths import perplexity
+from ..evaluate.measure import BASELINES
 from . import heatmaps
 from .files import OURS, Report
 from .markup import as_number, figure, table
@@ -64,13 +65,33 @@ def windows(every: list[dict[str, Any]], section: str, drawn: dict[str, str]) ->
     for one in having:
         rows = {row["length"]: row for row in one[section]["rows"]}
         cells.append((one["method"] == OURS, [one["title"], *(_perplexity(rows.get(length)) for length in lengths)]))
+    differences = []
+    for one in having:
+        rows = {row["length"]: shown_differences(one, section, row["length"]) for row in one[section]["rows"]}
+        for other in dict.fromkeys(name for row in rows.values() for name in row):
+            minus = [signed(row[other]) if other in row else "" for row in (rows.get(length, {}) for length in lengths)]
+            differences.append((one["method"] == OURS, [f"{one['title']} - {BASELINES[other]}", *minus]))
     documents = ", ".join(escape(text["document"]) for text in having[0][section]["documents"])
     return (
         f"<h2>{title}</h2><p>{text.format(**having[0][section])} Every window is a forward of its own, under the "
         f"regime of its length. Documents: {documents}.</p>"
         + figure(drawn.get(f"{section}_by_length"), "Shaded: 95% bootstrap interval over blocks of tokens.")
         + table(["tokens of a window", *(f"{length:,}" for length in lengths)], cells)
+        + (table(["loss, nats", *(f"{length:,}" for length in lengths)], differences) if differences else "")
     )
+
+
+def shown_differences(one: dict[str, Any], section: str, length: int) -> dict[str, dict[str, Any]]:
+    """Return the differences in loss that are worth a line: of a baseline from the original, of ours from each."""
+    row: dict[str, Any] = next((row for row in one[section]["rows"] if row["length"] == length), {})
+    minus: dict[str, dict[str, Any]] = row.get("minus", {})
+    return {name: found for name, found in minus.items() if name == "original" or one["method"] not in BASELINES}
+
+
+def signed(minus: dict[str, Any]) -> str:
+    """Write a difference with its interval."""
+    ends = "" if minus["low"] is None else f" [{minus['low']:+.4f}, {minus['high']:+.4f}]"
+    return f"{minus['mean']:+.4f}{ends}"
 
 
 def grid(every: list[dict[str, Any]], section: str, drawn: dict[str, str]) -> str:

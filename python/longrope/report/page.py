@@ -106,6 +106,8 @@ def document(report: Report, drawn: dict[str, str], style: str) -> str:
     settings = report.settings
     original = (report.inspection or {}).get("original_length", 0)
     title = f"{settings['model']}: {original:,} to {settings['to']:,} tokens"
+    if report.search is None and report.heldout is None and report.measured:
+        title = f"{settings['model']}, trained to {original:,} tokens, measured"
     parts = [
         headline(report, title),
         perplexity(report, drawn),
