@@ -8,12 +8,16 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 from conftest import Finished, Run
 from test_report import Page
+
+import longrope_kernels as lk
+from longrope.evaluate.measure import Method, regime
 
 Command = Callable[..., Finished]
 LENGTHS = "128,200,256"
@@ -99,6 +103,21 @@ def test_nothing_is_computed_twice(measure: Command, tmp_path: Path) -> None:
     assert measure(*arguments, "--method", "pi").code == 0
     assert (folder / "evaluations.jsonl").read_bytes() == log
     assert read(folder, "pi") == result
+
+
+def test_methods_share_what_they_have_in_common_with_the_model() -> None:
+    """A model that was extended before has a ladder of its own; each of its regimes is shared where it is the same."""
+    short, long = lk.RopeScaling(32, 1000.0), lk.RopeScaling.pi(32, 1000.0, 2.0)
+    own = lk.LongRope(128, {128: short, 256: long})
+    context: Any = SimpleNamespace(loaded=SimpleNamespace(rope=own))
+    extended = lk.LongRope(128, {128: short, 256: long, 1024: lk.RopeScaling.pi(32, 1000.0, 8.0)})
+    always_long = lk.LongRope(128, {1024: long})
+    for ladder, length, shared in (
+        *((extended, 100, True), (extended, 256, True), (extended, 257, False)),
+        *((always_long, 100, False), (always_long, 200, True)),
+    ):
+        method = Method("m", "m", lambda length, ladder=ladder: ladder)
+        assert regime(context, method, length) == (own if shared else ladder)
 
 
 def test_a_killed_measurement_goes_on(measure: Command, tmp_path: Path) -> None:
