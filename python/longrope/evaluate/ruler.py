@@ -133,7 +133,7 @@ def vt(random: np.random.Generator, length: int) -> Text:
     return Text(
         "The text below assigns values to variables. Remember which variable has which value.\n\n",
         f"\n\nWhich {HOPS + 1} variables have the value {number}, in the order of the text? The variables are:",
-        _listed(names),
+        _listed(names, " VAR"),
         needles,
     )
 
@@ -227,9 +227,9 @@ def qa(random: np.random.Generator, length: int) -> Text:
     )
 
 
-def _listed(found: Sequence[str]) -> list[tuple[str, str]]:
+def _listed(found: Sequence[str], before: str = "") -> list[tuple[str, str]]:
     """Number the answers, one a line: after a comma, models would rather say "and"."""
-    return [(f"\n{i}.", f" {one}") for i, one in enumerate(found, 1)]
+    return [(f"\n{i}.{before}", f" {one}") for i, one in enumerate(found, 1)]
 
 
 TASKS: dict[str, Callable[[np.random.Generator, int], Text]] = {
