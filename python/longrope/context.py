@@ -158,7 +158,8 @@ class Context:
             if before is None:
                 self.run.write_json("documents.json", described)
             for side, windows in (("search", self._split.search), ("held-out", self._split.heldout)):
-                say(f"{side} documents: {', '.join(f'{w.name} ({w.document_tokens:,} tokens)' for w in windows)}")
+                if windows:
+                    say(f"{side} documents: {', '.join(f'{w.name} ({w.document_tokens:,} tokens)' for w in windows)}")
         return self._split
 
     @property

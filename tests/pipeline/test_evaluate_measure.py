@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 from conftest import Finished, Run
 from test_report import Page
+from test_team import PROGRAM, free_port
+
+import longrope_kernels as lk
+from longrope.evaluate.measure import Method, regime
 
 Command = Callable[..., Finished]
 LENGTHS = "128,200,256"
@@ -101,6 +108,21 @@ def test_nothing_is_computed_twice(measure: Command, tmp_path: Path) -> None:
     assert read(folder, "pi") == result
 
 
+def test_methods_share_what_they_have_in_common_with_the_model() -> None:
+    """A model that was extended before has a ladder of its own; each of its regimes is shared where it is the same."""
+    short, long = lk.RopeScaling(32, 1000.0), lk.RopeScaling.pi(32, 1000.0, 2.0)
+    own = lk.LongRope(128, {128: short, 256: long})
+    context: Any = SimpleNamespace(loaded=SimpleNamespace(rope=own))
+    extended = lk.LongRope(128, {128: short, 256: long, 1024: lk.RopeScaling.pi(32, 1000.0, 8.0)})
+    always_long = lk.LongRope(128, {1024: long})
+    for ladder, length, shared in (
+        *((extended, 100, True), (extended, 256, True), (extended, 257, False)),
+        *((always_long, 100, False), (always_long, 200, True)),
+    ):
+        method = Method("m", "m", lambda length, ladder=ladder: ladder)
+        assert regime(context, method, length) == (own if shared else ladder)
+
+
 def test_a_killed_measurement_goes_on(measure: Command, tmp_path: Path) -> None:
     arguments = ("--lengths", "256", "--tasks", "perplexity,sliding", "--stride", 32, "--method", "yarn", "--to", 320)
     assert measure(*arguments).code == 0
@@ -114,6 +136,23 @@ def test_a_killed_measurement_goes_on(measure: Command, tmp_path: Path) -> None:
     kept = (folder / "evaluations.jsonl").read_text().splitlines(keepends=True)
     assert kept[:2] == lines[:2]
     assert len(kept) == len(lines)
+
+
+def test_two_ranks_score_the_windows_as_one_does(
+    measure: Command, model_folder: Path, text_folder: Path, tmp_path: Path
+) -> None:
+    asked = ("--lengths", "128,256", "--tasks", "perplexity,sliding", "--stride", "64", "--method", "original,yarn")
+    assert measure(*asked).code == 0
+    (tmp_path / "program.py").write_text(PROGRAM)
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port())
+    program = (tmp_path / "program.py", 1, 0)  # rank 0 waits for a record of rank 1, which is not killed
+    options = ("measure", model_folder, "--run-dir", tmp_path / "two", "--dtype", "fp32", "--threads", 1)
+    line = [sys.executable, *torchrun, *program, *options, "--text", text_folder, *asked]
+    done = subprocess.run([str(word) for word in line], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"rank":1' in (tmp_path / "two/evaluations.jsonl").read_text()
+    for method in ("original", "yarn"):
+        assert read(tmp_path / "two", method) == read(tmp_path / "run", method)
 
 
 def test_a_later_call_adds_to_what_is_there(measure: Command, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scores of a model under a rotary embedding: perplexity by position and length, intervals, passkey retrieval."""
+"""Scores of a model under a rotary embedding: perplexity by position and length, questions to find, intervals."""
 
 from .bootstrap import PairedDifference, paired_difference
 from .passkey import passkey

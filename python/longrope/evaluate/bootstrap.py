@@ -62,9 +62,7 @@ def paired_difference(
     """
     if block_tokens is None:
         block_tokens = min(BLOCK_TOKENS, (last - first) // 16)
-    random = np.random.default_rng(seed)
-    totals, tokens = np.zeros(resamples), np.zeros(resamples)
-    mean_total, mean_tokens, count = 0.0, 0, 0
+    groups = []
     size = block_tokens
     for a, b in zip(one, other, strict=True):
         if a["window"] != b["window"]:
@@ -72,15 +70,9 @@ def paired_difference(
         coarse = max(a["block_tokens"], b["block_tokens"])  # a multiple of the other: both divide 64
         size = coarse * max(block_tokens // coarse, 1)
         (left, number), (right, _) = (merged(record, first, last, size) for record in (a, b))
-        difference = left - right
-        drawn = random.multinomial(len(number), np.full(len(number), 1 / len(number)), size=resamples)
-        totals += drawn @ difference
-        tokens += drawn @ number
-        mean_total += float(difference.sum())
-        mean_tokens += int(number.sum())
-        count += len(number)
-    low, high = np.quantile(totals / tokens, (0.025, 0.975))
-    return PairedDifference(mean_total / mean_tokens, float(low), float(high), count, size, len(one))
+        groups.append((left - right, number))
+    count = sum(len(number) for _, number in groups)
+    return PairedDifference(*_bootstrap(groups, resamples, seed), count, size, len(one))
 
 
 def merged(record: dict[str, Any], first: int, last: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,23 +109,29 @@ def mean_interval(
     """
     if block is None:
         block = min(BLOCK_TOKENS, max(int(groups[0][1].sum()) // 16, 1))
-    random = np.random.default_rng(seed)
-    totals, tokens = np.zeros(resamples), np.zeros(resamples)
-    blocks = 0
+    coarse = []
     for sums, counts in groups:
         # A stretch belongs to the block in which it begins.
-        index = ((np.cumsum(counts) - counts) // block).astype(np.int64)
-        _, index = np.unique(index, return_inverse=True)
-        merged, number = np.bincount(index, sums), np.bincount(index, counts)
-        blocks += len(merged)
-        drawn = random.multinomial(len(merged), np.full(len(merged), 1 / len(merged)), size=resamples)
-        totals += drawn @ merged
-        tokens += drawn @ number
+        _, index = np.unique((np.cumsum(counts) - counts) // block, return_inverse=True)
+        coarse.append((np.bincount(index, sums), np.bincount(index, counts)))
+    mean, low, high = _bootstrap(coarse, resamples, seed)
+    alone = sum(len(sums) for sums, _ in coarse) < 2
+    return Interval(mean, None if alone else low, None if alone else high)
+
+
+def _bootstrap(
+    groups: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """Return the total of sums over that of counts, and its 95% percentile interval, blocks drawn within each group."""
+    random = np.random.default_rng(seed)
+    totals, tokens = np.zeros(resamples), np.zeros(resamples)
+    for sums, counts in groups:
+        drawn = random.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
+        totals += drawn @ sums
+        tokens += drawn @ counts
     mean = sum(float(sums.sum()) for sums, _ in groups) / sum(float(counts.sum()) for _, counts in groups)
-    if blocks < 2:
-        return Interval(mean, None, None)
     low, high = np.quantile(totals / tokens, (0.025, 0.975))
-    return Interval(mean, float(low), float(high))
+    return mean, float(low), float(high)
 
 
 def wilson(successes: int, trials: int) -> Interval:
@@ -141,7 +139,7 @@ def wilson(successes: int, trials: int) -> Interval:
 
     Examples:
         >>> one = wilson(10, 10)
-        >>> one.value, round(one.low, 3), one.high
+        >>> one.value, round(one.low, 3), round(one.high, 3)
         (1.0, 0.722, 1.0)
     """
     z2 = NORMAL_95**2

@@ -95,12 +95,11 @@ def baseline(context: Context, name: str) -> Method:
 def regime(context: Context, method: Method, length: int) -> lk.LongRope:
     """Return the ladder to run `length` tokens under.
 
-    Where its regime for them is the one of training, that is the model's own ladder: the same computation, which all
+    Where its regime for them is the model's own, that is the model's own ladder: the same computation, which all
     methods then share.
     """
-    rope = method.at(length)
-    loaded = context.loaded
-    return loaded.rope if rope.select(length) == loaded.base else rope
+    rope, own = method.at(length), context.loaded.rope
+    return own if rope.select(length) == own.select(length) else rope
 
 
 def measure(context: Context, methods: Sequence[Method], plan: Plan) -> list[dict[str, Any]]:

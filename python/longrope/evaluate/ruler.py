@@ -11,7 +11,7 @@ are RULER's where a task means the same. The texts are ours, so scores are not t
 | niah_multivalue | all four numbers of one key, in their order                | essays; any order                    |
 | niah_multiquery | the numbers of four keys, one after the other              | essays; all at once, any order       |
 | vt              | the five variables to which a chain assigns one number     | a solved example before; any order   |
-| cwe             | the five words that appear most, in order of appearance    | ten, in a numbered list; any order   |
+| cwe             | the five words that appear most, in order of appearance    | ten of a numbered list; any order    |
 | fwe             | the three most frequent of coded words (Zipf, exponent 2)  | any order                            |
 | qa              | the town where one of many people lives                    | SQuAD and HotpotQA among distractors |
 
@@ -115,7 +115,7 @@ def niah_multivalue(random: np.random.Generator, length: int) -> Text:
     ]
     return Text(
         "Magic numbers are hidden in the text below. Remember them.\n\n",
-        f"\n\nWhat are the {VALUES} magic numbers of the {name}, in the order of the text? The numbers are",
+        f"\n\nWhat are the {VALUES} magic numbers of the {name}, in the order of the text? The numbers are:",
         _listed(numbers),
         needles,
         words.sentences(random, length),
@@ -132,8 +132,8 @@ def vt(random: np.random.Generator, length: int) -> Text:
     ]
     return Text(
         "The text below assigns values to variables. Remember which variable has which value.\n\n",
-        f"\n\nWhich {HOPS + 1} variables have the value {number}, in the order of the text? The variables are",
-        _listed(names),
+        f"\n\nWhich {HOPS + 1} variables have the value {number}, in the order of the text? The variables are:",
+        _listed(names, " VAR"),
         needles,
     )
 
@@ -163,7 +163,7 @@ def cwe(random: np.random.Generator, length: int) -> Text:
 
     return Text(
         "Below is a list of words. Some appear more often than others. Remember them.\n\n",
-        f"\n\nWhich {COMMON} words appear most often, in the order in which they first appear? The words are",
+        f"\n\nWhich {COMMON} words appear most often, in the order in which they first appear? The words are:",
         _listed(common),
         fill=fill,
     )
@@ -190,7 +190,7 @@ def fwe(random: np.random.Generator, length: int) -> Text:
 
     return Text(
         "Below is a text of coded words. Remember how often each of them appears.\n\n",
-        f"\n\nWhich {FREQUENT} coded words appear most often, the most frequent first? The words are",
+        f"\n\nWhich {FREQUENT} coded words appear most often, the most frequent first? The words are:",
         _listed(coded[:FREQUENT]),
         fill=fill,
     )
@@ -227,8 +227,9 @@ def qa(random: np.random.Generator, length: int) -> Text:
     )
 
 
-def _listed(found: Sequence[str]) -> list[tuple[str, str]]:
-    return [("," if i else "", f" {one}") for i, one in enumerate(found)]
+def _listed(found: Sequence[str], before: str = "") -> list[tuple[str, str]]:
+    """Number the answers, one a line: after a comma, models would rather say "and"."""
+    return [(f"\n{i}.{before}", f" {one}") for i, one in enumerate(found, 1)]
 
 
 TASKS: dict[str, Callable[[np.random.Generator, int], Text]] = {
