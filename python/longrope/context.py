@@ -58,6 +58,7 @@ class Request:
     tune_batch: int = 1
     tune_lr: float = 2e-5
     tune_lora: int = 0
+    tune_short_share: float = 0.0
     readjust: tuple[int, ...] = ()
     searched: bool = True
 

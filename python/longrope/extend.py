@@ -10,11 +10,12 @@ from .context import Context
 from .evaluate.stage import OURS, run_evaluation, say_evaluation
 from .export.stage import run_export, say_export
 from .inspection import Inspection, inspect_rope
-from .plan import Stage, available_bytes, check_memory, forward_bytes, make_plan, measure_pace, say_plan
+from .plan import Stage, check_memory, forward_bytes, make_plan, measure_pace, say_plan, weight_bytes
 from .progress import clock, console, say
 from .report import write_report
 from .search.budget import Budget
 from .search.stage import WINNER_FILE, check_budget, run_search
+from .tune.memory import available_bytes
 
 
 def extend(context: Context, budget: Budget) -> dict[str, Any]:
@@ -58,7 +59,8 @@ def say_stages(context: Context, budget: Budget) -> dict[str, Any]:
         Stage("evaluate", "evaluate", target, (5 + 3 * len(context.passkey_depths)) * documents),
     ]
     needs = {stage.name: forward_bytes(loaded, stage.length) for stage in stages}
-    check_memory(context.original_length, loaded, [(stage, needs[stage.name]) for stage in stages], available_bytes())
+    room = available_bytes(weight_bytes(loaded))
+    check_memory(context.original_length, loaded, [(stage, needs[stage.name]) for stage in stages], room)
     pace = measure_pace(loaded, min(context.original_length, 4096) // 4)
     notes = [] if budget.seconds is None else [f"the search stops after {clock(budget.seconds)} of forwards"]
     plan = make_plan(context.original_length, target, stages, needs, pace, notes)

@@ -162,6 +162,8 @@ def open_extension(
             batch=request.tune_batch,
             lr=request.tune_lr,
             seed=request.seed,
+            lora_rank=request.tune_lora,
+            short_share=request.tune_short_share,
             **chosen.tuning,
         )
         evaluations = chosen.last_budget if last_budget is None else last_budget

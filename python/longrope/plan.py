@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,15 +80,19 @@ def measure_pace(loaded: LoadedModel, length: int) -> Pace:
     return Pace.through(*found)
 
 
+def weight_bytes(loaded: LoadedModel) -> int:
+    """Return what the weights take as they are loaded."""
+    return sum(value.numel() * value.element_size() for value in loaded.model.parameters())
+
+
 def forward_bytes(loaded: LoadedModel, tokens: int) -> int:
     """Return what one evaluation holds, weights included: `docs/long_inputs.md` has the formula and measurements."""
     config = loaded.model.config.get_text_config()
-    weights = sum(value.numel() * value.element_size() for value in loaded.model.parameters())
     item = next(loaded.model.parameters()).element_size()
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     row = config.hidden_size + 2 * key_heads * loaded.rope.head_dim
     chunk = min(tokens, CHUNK_TOKENS) * (3 * config.intermediate_size + 6 * config.hidden_size)
-    return weights + item * (tokens * row + chunk) + min(CHUNK_BYTES, 4 * tokens * config.vocab_size)
+    return weight_bytes(loaded) + item * (tokens * row + chunk) + min(CHUNK_BYTES, 4 * tokens * config.vocab_size)
 
 
 def seconds_of(stage: Stage, pace: Pace) -> float:
@@ -97,19 +100,9 @@ def seconds_of(stage: Stage, pace: Pace) -> float:
     return stage.sequences * pace.seconds(stage.length) * (TRAINING_FORWARDS if stage.kind == "tune" else 1)
 
 
-def available_bytes() -> int | None:
-    """Return the memory that is free or can be freed, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
-def check_memory(original: int, loaded: LoadedModel, needs: Sequence[tuple[Stage, int]], room: int | None) -> None:
+def check_memory(original: int, loaded: LoadedModel, needs: Sequence[tuple[Stage, int]], room: int) -> None:
     """Refuse, before anything is done, what memory will not hold; the line says what would fit."""
-    for stage, needed in needs if room is not None else ():
-        assert room is not None
+    for stage, needed in needs:
         if needed <= room:
             continue
         have = f"{needed / GIB:.1f} GiB for {stage.length:,} tokens, with {room / GIB:.1f} GiB free"

@@ -21,6 +21,7 @@ from .passkey import passkey
 from .scoring import Scorer, bucket_tokens, mean_nll
 
 OURS = "longrope"
+MOST_BUCKETS = 8  # of positions, in tables and figures
 TITLES = {"original": "original", "pi": "PI", "ntk": "NTK", "yarn": "YaRN", OURS: "LongRoPE (ours)"}
 
 
@@ -99,6 +100,7 @@ def tabulate(
     """Make the numbers of the report from the records."""
     original, target = context.loaded.original_length, context.target_length
     bucket = bucket_tokens(original)
+    bucket *= math.ceil(target / bucket / MOST_BUCKETS)
     block = next(iter(long.values()))[0]["block_tokens"]
     edges = [*range(0, target, bucket), target]
     table: dict[str, Any] = {}

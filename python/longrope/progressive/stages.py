@@ -17,7 +17,7 @@ from ..errors import refuse
 from ..evaluate.stage import OURS, run_evaluation, say_evaluation
 from ..export.stage import run_export, say_export
 from ..extend import run_inspection, say_inspection
-from ..plan import Stage, available_bytes, check_memory, forward_bytes, make_plan, measure_pace, say_plan
+from ..plan import Stage, check_memory, forward_bytes, make_plan, measure_pace, say_plan, weight_bytes
 from ..progress import clock, say
 from ..report import write_report
 from ..run import digest
@@ -25,9 +25,10 @@ from ..search.budget import Budget
 from ..search.readjust import LADDER_FILE, run_readjustment
 from ..search.seeds import BLENDS, baselines
 from ..search.stage import WINNER_FILE, run_search
-from ..tune.memory import training_bytes
+from ..tune.data import Segments
+from ..tune.memory import Shape, available_bytes, foreseen
 from ..tune.settings import TuneSettings
-from ..tune.stage import run_tuning
+from ..tune.stage import compute_dtype, run_tuning
 from .by_length import lengths_between, one_regime, say_lengths, score_lengths, tabulate
 from .recipe import Recipe
 
@@ -87,20 +88,31 @@ class Extension:
     def plan(self) -> dict[str, Any]:
         """Print the plan and write `plan.json`; refuse what memory will not hold."""
         loaded, recipe, stages = self.context.loaded, self.recipe, self.stages()
+        # A text that cannot fill a sequence is said now, not after the searches.
+        Segments(loaded.tokenizer, self.documents(), recipe.tuned)
         pace = measure_pace(loaded, min(recipe.original, 4096))
         needs = {
             stage.name: self.training_bytes(stage) if stage.kind == "tune" else forward_bytes(loaded, stage.length)
             for stage in stages
         }
-        check_memory(recipe.original, loaded, [(stage, needs[stage.name]) for stage in stages], available_bytes())
+        room = available_bytes(weight_bytes(loaded))
+        check_memory(recipe.original, loaded, [(stage, needs[stage.name]) for stage in stages], room)
         plan = make_plan(recipe.original, recipe.target, stages, needs, pace, recipe.notes)
         plan["recipe"] = dataclasses.asdict(recipe)
         say_plan(plan)
         self.context.run.write_json("plan.json", plan)
         return plan
 
+    def documents(self) -> Iterator[data.Document]:
+        """Yield the texts to train on: those that neither side of the split has."""
+        return data.training(self.context.request.text, self.context.split.texts)
+
     def training_bytes(self, stage: Stage) -> int:
-        return training_bytes(self.context.loaded, dataclasses.replace(self.settings, length=stage.length))
+        loaded = self.context.loaded
+        dtype = compute_dtype(self.settings.dtype, loaded.dtype)
+        return foreseen(
+            Shape.of(loaded.model), dataclasses.replace(self.settings, length=stage.length, dtype=dtype)
+        ).total
 
     def run(self) -> dict[str, Any]:
         """Run what is not done yet and return the table by length."""
@@ -180,8 +192,7 @@ class Extension:
             done = folder / "model"
             if not (folder / "tune.json").is_file() or not (done / "config.json").is_file():
                 loaded = models.load(model, context.run.settings["dtype"], threads=context.threads)
-                documents = data.training(context.request.text, context.split.texts)
-                done = run_tuning(loaded, ladder, settings, documents, folder).model
+                done = run_tuning(loaded, ladder, settings, self.documents(), folder).model
             model = str(done)
         return Path(model), ladder
 
