@@ -94,6 +94,8 @@ def test_questions_are_scored_drawn_and_reported(measure: Command, tmp_path: Pat
     text = " ".join(page.text)
     assert page.open == page.fetches == []
     assert page.tags.count("svg") == 3
+    share = found["passkey"]["rows"][0]
+    assert f"{share['share']:.0%} [{share['low']:.0%}, {share['high']:.0%}]" in text
     for part in ("Passkeys by length and depth", "Several needles", "RULER-like tasks", "niah_single", "Hsieh"):
         assert part in text
 

@@ -18,30 +18,25 @@ MARKERS = {"original": "s", "pi": "v", "ntk": "^", "dynamic-ntk": "D", "yarn": "
 
 
 def retrieval(measured: dict[str, Any], task: str) -> Figure:
-    """Draw the share found in every cell, lengths across and depths down; the share of a row of cells above it."""
+    """Draw the share found in every cell, lengths across and depths down; in a cell its count and the answers' loss."""
     found = measured[task]
-    rows, depths, trials = found["rows"], found["depths"], found["samples"]
+    rows, depths = found["rows"], found["depths"]
     shares = [[row["cells"][i]["retrieved"] / row["cells"][i]["trials"] for row in rows] for i in range(len(depths))]
-    with axes(max(3.6, 1.6 + 1.05 * len(rows)), max(2.6, 1.5 + 0.42 * len(depths))) as (figure, ax):
+    with axes(max(4.2, 1.8 + 1.25 * len(rows)), max(2.8, 1.7 + 0.46 * len(depths))) as (figure, ax):
         cells = ax.pcolormesh(shares, cmap=COLOR_MAP, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
         ax.invert_yaxis()
-        for i, line in enumerate(shares):
-            for j, share in enumerate(line):
-                counted = f"{round(share * trials)}/{trials}"
-                ax.text(
-                    j + 0.5,
-                    i + 0.5,
-                    counted,
-                    ha="center",
-                    va="center",
-                    fontsize=8.5,
-                    color=INK if share > 0.5 else "white",
-                )
+        for j, row in enumerate(rows):
+            for i, cell in enumerate(row["cells"]):
+                color = INK if shares[i][j] > 0.5 else "white"
+                text = f"{cell['retrieved']}/{cell['trials']}"
+                text += "" if cell["nll"] is None else f"\n{cell['nll']:.2f}"
+                ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8, linespacing=1.15, color=color)
         ax.grid(False)
-        ax.set_xticks([j + 0.5 for j in range(len(rows))], [f"{row['length']:,}" for row in rows])
+        under = [f"{row['length']:,}\n{row['share']:.0%} [{row['low']:.0%}, {row['high']:.0%}]" for row in rows]
+        ax.set_xticks([j + 0.5 for j in range(len(rows))], under, fontsize=8.5)
         ax.set_yticks([i + 0.5 for i in range(len(depths))], [f"{depth:.0%}" for depth in depths])
         what = f"all of {found['needles']} needles" if "needles" in found else "passkey"
-        ax.set(xlabel="tokens", ylabel="depth", title=f"{measured['title']}: {what} found")
+        ax.set(xlabel="tokens, share found [95% interval]", ylabel="depth", title=f"{measured['title']}: {what} found")
         original = sum(row["length"] <= measured["original_length"] for row in rows)
         if 0 < original < len(rows):
             ax.axvline(original, color="white", linewidth=3)

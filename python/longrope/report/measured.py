@@ -65,6 +65,10 @@ def windows(every: list[dict[str, Any]], section: str, drawn: dict[str, str]) ->
     for one in having:
         rows = {row["length"]: row for row in one[section]["rows"]}
         cells.append((one["method"] == OURS, [one["title"], *(_perplexity(rows.get(length)) for length in lengths)]))
+        late = [rows.get(length, {}).get("full_context") for length in lengths]
+        if any(nll is not None for nll in late):
+            said = ["" if nll is None else as_number(perplexity(nll)) for nll in late]
+            cells.append((False, [f"{one['title']}, without the first windows", *said]))
     differences = []
     for one in having:
         rows = {row["length"]: shown_differences(one, section, row["length"]) for row in one[section]["rows"]}
@@ -101,7 +105,8 @@ def grid(every: list[dict[str, Any]], section: str, drawn: dict[str, str]) -> st
     title = "Passkeys by length and depth" if section == "passkey" else "Several needles by length and depth"
     parts = [
         f"<h2>{title}</h2><p>{GRIDS[section].format(**having[0][section])} Found where every token of the answer is "
-        "the likeliest. Intervals are Wilson's, over all depths of a length.</p>"
+        "the likeliest. In a cell: how often, and the mean loss of the answers' tokens in nats. Intervals are "
+        "Wilson's, over all depths of a length.</p>"
     ]
     parts += [figure(drawn.get(f"{section}_{one['method']}"), escape(one["title"])) for one in having]
     lengths = sorted({row["length"] for one in having for row in one[section]["rows"]})
