@@ -145,7 +145,7 @@ def test_the_report_shows_stages_lengths_and_ladder(progressive: Run) -> None:
 def test_the_export_is_of_the_tuned_weights(progressive: Run) -> None:
     export = read(progressive.folder, "export.json")
     assert export["reload"]["passed"]
-    assert any("64" in note and "two sets of factors" in note for note in export["notes"])
+    assert any("512" in note and "two sets of factors" in note for note in export["notes"])
     config = read(progressive.folder, "export/config.json")
     rope, _ = factors.read(progressive.folder / "factors/winner.json")
     assert config["rope_parameters"]["short_factor"] == list(rope.regimes[128].rescale_factors)
@@ -251,7 +251,7 @@ def test_text_with_nothing_left_to_train_on_is_said(
     texts = tiny.texts(tmp_path / "texts", 4, 1400)
     done = command(*arguments(model_folder, texts, tmp_path / "run"))
     assert done.code == 2
-    assert "--text: got 0 tokens to train on, expected enough for one sequence of 256" in done.err
+    assert "--text: got 0 tokens to train on, expected enough for one sequence of 512" in done.err
     assert not (tmp_path / "run/stages").exists(), "before the searches, not after them"
 
 
