@@ -120,13 +120,17 @@ class Extension:
         say_inspection(run_inspection(self.context))
         self.stage("plan")
         self.plan()
+        return self.finish(*self.build())
+
+    def build(self) -> tuple[Path, lk.LongRope]:
+        """Search, tune, search again and readjust, as far as that is not done yet; return the model and its ladder."""
         regimes = {length: self.search(length) for length, _ in self.recipe.tune}
         model, ladder = self.tune(regimes)
         if self.recipe.target > self.recipe.tuned:
             ladder = self.second_search(model)
         if self.recipe.readjust:
             ladder = self.readjust(model, ladder)
-        return self.finish(model, ladder)
+        return model, ladder
 
     def stage(self, name: str) -> None:
         say()
