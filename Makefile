@@ -7,6 +7,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 RUN ?= runs/demo
 FULL_RUN ?= runs/full
+TINY_RUN ?= runs/tiny
 BUDGET_MINUTES ?= 180
 # A build that fails stops here; `auto` goes on without native kernels, 0 does not try.
 export LONGROPE_KERNELS_BUILD ?= 1
@@ -20,7 +21,7 @@ SANITIZED_TESTS := tests/test_sanitizer.py tests/test_levels.py tests/test_confo
     tests/test_functional.py tests/test_ops.py tests/test_varlen.py tests/test_cache.py
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt pyproject.toml
 
-.PHONY: help setup demo search-full test test-full test-emulator lint format bench bench-cpu bench-gpu report-gpu sanitize clean
+.PHONY: help setup demo demo-full search-full ablations test test-full test-emulator lint format bench bench-cpu bench-gpu report-gpu sanitize clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +46,12 @@ setup: $(VENV)/.built  ## create .venv, install everything, build the native mod
 
 demo: $(VENV)/.built  ## extend SmolLM2-135M from 8,192 to 16,384 tokens and write $(RUN)/report.html
 	$(VENV)/bin/longrope extend smollm2 --to 16384 --preset demo --run-dir $(RUN)
+
+demo-full: $(VENV)/.built  ## the whole method on a tiny model, 512 to 32,768 tokens: searches, fine-tuning, readjustment
+	$(VENV)/bin/longrope extend examples/tiny-512 --to 32768 --preset tiny --run-dir $(TINY_RUN)
+
+ablations: $(VENV)/.built  ## the same without one stage at a time, as a table and JSON in bench/results
+	$(PY) -m bench.ablations
 
 search-full: $(VENV)/.built  ## the same with BUDGET_MINUTES of search, n-hat included; resumes
 	$(VENV)/bin/longrope extend smollm2 --to 16384 --preset full --time-budget $(BUDGET_MINUTES) --run-dir $(FULL_RUN)
