@@ -19,7 +19,8 @@ from longrope.loss import token_nll
 from longrope.tune import TuneSettings
 from longrope.tune.data import MixedWindows, Segments
 from longrope.tune.loss import CausalLoss
-from longrope.tune.stage import rows, run_tuning, training_rope
+from longrope.tune.prepare import rows, training_rope
+from longrope.tune.stage import run_tuning
 from longrope_kernels.integrations.transformers import enable
 
 LONG, SHORT = 256, 96

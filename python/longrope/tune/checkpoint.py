@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..errors import PipelineError, disk_error, one_line
 from ..run import write_atomically
+from . import ranks
 
 FORMAT = "longrope-training/1"
 WEIGHTS, OPTIMIZER, STATE, TRAINER = (
@@ -44,7 +45,8 @@ def save(
     scheduler: Any,
     trainer_state: str,
     settings: str,
-) -> Path:
+    writes: bool = True,
+) -> None:
     """Write the checkpoint of a step, then drop all but the latest `KEPT`.
 
     Args:
@@ -53,27 +55,31 @@ def save(
         optimizer, scheduler: torch's.
         trainer_state: JSON of transformers' `TrainerState`.
         settings: digest of what decides results.
+        writes: whether this rank does, of those that hold the weights together; all must call.
 
     Raises:
         PipelineError: the disk is full; checkpoints before this one are kept.
     """
-    final, part = folder / f"step-{step:08}", folder / f".step-{step:08}.part"
-    shutil.rmtree(part, ignore_errors=True)
     names = {id(weight): name for name, weight in weights.items()}
     moments, scalars = dict[str, Tensor](), dict[str, dict[str, Any]]()
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
         for key, value in state.items():
             if isinstance(value, Tensor):
-                moments[f"{name}/{key}"] = value.detach().contiguous()
+                moments[f"{name}/{key}"] = ranks.whole(value)
             else:
                 scalars.setdefault(name, {})[key] = value
     groups = [
         {**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
     ]
+    whole = {name: ranks.whole(weight) for name, weight in weights.items()}
+    if not writes:
+        return
+    final, part = folder_of(folder, step), folder / f".step-{step:08}.part"
+    shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, part / WEIGHTS)
+        save_file(whole, part / WEIGHTS)
         save_file(moments, part / OPTIMIZER)
         content = {
             "format": FORMAT,
@@ -99,7 +105,6 @@ def save(
         raise PipelineError(one_line(f"{final}: got {error}, expected to write there; {said}")) from error
     for old in _all(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 class Checkpoint:
@@ -141,7 +146,7 @@ class Checkpoint:
                 if found is None or found.shape != weight.shape:
                     shape = None if found is None else tuple(found.shape)
                     raise PipelineError(f"{self.folder}: got {name} of shape {shape}, expected {tuple(weight.shape)}")
-                weight.copy_(found)
+                weight.copy_(ranks.like(found, weight))
 
     def into_optimizer(self, weights: Mapping[str, Tensor], optimizer: Any, scheduler: Any) -> None:
         """Restore the optimizer and the schedule, bit for bit."""
@@ -156,7 +161,7 @@ class Checkpoint:
             groups.append({**group, "params": params, "betas": tuple(group["betas"])})
         for key, value in self.moments.items():
             name, _, field = key.rpartition("/")
-            state.setdefault(numbers[name], {})[field] = value
+            state.setdefault(numbers[name], {})[field] = ranks.like(value, weights[name])
         for name, fields in saved["scalars"].items():
             state.setdefault(numbers[name], {}).update(fields)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -171,6 +176,11 @@ def latest(folder: Path) -> Path | None:
     """Return the latest checkpoint of a run, or None."""
     found = _all(folder)
     return found[-1] if found else None
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is."""
+    return checkpoints / f"step-{step:08}"
 
 
 def step_of(checkpoint: Path) -> int:

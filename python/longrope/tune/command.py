@@ -9,9 +9,10 @@ from .. import factors as factor_files
 from .. import models
 from ..data import training
 from ..errors import refuse
-from ..progress import say
+from ..progress import console, say
 from ..run import read_json
 from ..search.stage import WINNER_FILE
+from ..team import rank
 from .settings import TuneSettings
 from .settings import preset as recipe
 from .stage import TuneResult, run_tuning
@@ -37,6 +38,7 @@ def run_command(
     Args:
         options: fields of `TuneSettings`; None leaves the preset's or the default.
     """
+    console.quiet = rank()[0] > 0  # rank 0 speaks for all
     if factors is None:
         if run_dir is None:
             refuse("--factors", "nothing", "a factor file, or --run-dir with a run that has a winner")

@@ -89,15 +89,26 @@ class Memory:
 
     def describe(self) -> str:
         """Return the parts as a line."""
-        parts = (f"{name} {size / GIB:.2f}" for name, size in dataclasses.asdict(self).items() if size)
-        return f"{self.total / GIB:.2f} GiB ({', '.join(parts)})"
+        parts = (f"{name} {said(size)}" for name, size in dataclasses.asdict(self).items() if size)
+        return f"{said(self.total)} ({', '.join(parts)})"
 
 
-def foreseen(shape: Shape, settings: TuneSettings, chunk_bytes: int = CHUNK_BYTES) -> Memory:
-    """Return what a training needs at its highest, weights included.
+def said(size: int) -> str:
+    """Return a size as text.
+
+    Examples:
+        >>> said(3 * 2**29), said(2**20)
+        ('1.50 GiB', '1 MiB')
+    """
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
+
+
+def foreseen(shape: Shape, settings: TuneSettings, ranks: int = 1, chunk_bytes: int = CHUNK_BYTES) -> Memory:
+    """Return what a training needs at its highest on one rank, weights included.
 
     Args:
         settings: with `dtype` bf16 or fp32.
+        ranks: that hold the weights together; each has two layers and the embedding whole while it works on them.
     """
     tokens = settings.length * settings.per_forward
     size = 2 if settings.dtype == "bf16" else 4
@@ -110,10 +121,11 @@ def foreseen(shape: Shape, settings: TuneSettings, chunk_bytes: int = CHUNK_BYTE
     feed_forward = size * 6 * shape.intermediate
     chunk = min(chunk_bytes, 4 * shape.vocabulary * tokens)
     head = 4 * shape.vocabulary * shape.hidden if not settings.lora_rank else 0
+    at_work = 0 if ranks == 1 else 4 * (2 * body // shape.layers + shape.vocabulary * shape.hidden)
     return Memory(
-        weights=frozen + 4 * trained,
-        gradients=4 * trained,
-        optimizer=8 * trained,
+        weights=(frozen + 4 * trained) // ranks + at_work,
+        gradients=4 * trained // ranks + at_work,
+        optimizer=8 * trained // ranks,
         casts=casts,
         checkpoints=4 * tokens * shape.hidden * shape.layers,
         layer=tokens * (wide + attention + feed_forward),
@@ -121,39 +133,39 @@ def foreseen(shape: Shape, settings: TuneSettings, chunk_bytes: int = CHUNK_BYTE
     )
 
 
-def longest_that_fits(shape: Shape, settings: TuneSettings, available: int) -> int | None:
+def longest_that_fits(shape: Shape, settings: TuneSettings, available: int, ranks: int = 1) -> int | None:
     """Return the longest sequence whose training fits, in multiples of 1,024 tokens, or None."""
     least, most = 0, settings.length // 1024 + 1
     while most - least > 1:
         middle = (least + most) // 2
-        fits = foreseen(shape, dataclasses.replace(settings, length=middle * 1024)).total <= available
+        fits = foreseen(shape, dataclasses.replace(settings, length=middle * 1024), ranks).total <= available
         least, most = (middle, most) if fits else (least, middle)
     return least * 1024 or None
 
 
-def check(shape: Shape, settings: TuneSettings, available: int) -> Memory:
+def check(shape: Shape, settings: TuneSettings, available: int, ranks: int = 1) -> Memory:
     """Return what is foreseen.
 
     Raises:
         PipelineError: it is more than there is; the line says what would fit.
     """
-    wanted = foreseen(shape, settings)
+    wanted = foreseen(shape, settings, ranks)
     if wanted.total <= available:
         return wanted
     fits = []
     if settings.per_forward > 1:
         smaller = dataclasses.replace(settings, per_forward=1)
-        if foreseen(shape, smaller).total <= available:
+        if foreseen(shape, smaller, ranks).total <= available:
             fits.append("--per-forward 1")
-    if not settings.lora_rank:
+    if not settings.lora_rank and ranks == 1:
         smaller = dataclasses.replace(settings, lora_rank=16)
-        if foreseen(shape, smaller).total <= available:
+        if foreseen(shape, smaller, ranks).total <= available:
             fits.append("--lora-rank 16")
-    if (length := longest_that_fits(shape, settings, available)) is not None:
+    if (length := longest_that_fits(shape, settings, available, ranks)) is not None:
         fits.append(f"--length {length}")
     would = " or ".join(fits) or "nothing of this model"
     raise PipelineError(
-        f"memory: got {available / GIB:.2f} GiB free, expected {wanted.describe()}; would fit: {would} "
+        f"memory: got {said(available)} free, expected {wanted.describe()}; would fit: {would} "
         "(--overcommit tries it all the same)"
     )
 

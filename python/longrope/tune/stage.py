@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import shutil
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import longrope_kernels as lk
 from longrope_kernels.integrations.transformers import enable
@@ -20,16 +19,18 @@ from longrope_kernels.integrations.transformers import enable
 from .. import models
 from ..context import versions
 from ..data import Document
-from ..errors import PipelineError, refuse
+from ..errors import PipelineError
 from ..export.checkpoint import export_checkpoint
 from ..progress import say, task
-from ..run import RunDirectory, digest, now
-from . import checkpoint, memory
+from ..run import EvaluationLog, RunDirectory, digest, now, read_json
+from ..team import rank
+from . import checkpoint, ranks
 from .data import MixedWindows, Segments
-from .lora import Adapters, check_peft
+from .lora import Adapters
 from .loss import CausalLoss
+from .prepare import cast, check_memory, check_tensorboard, resolve, rows, tensorboard_callbacks, training_rope
 from .settings import TuneSettings
-from .trainer import LongTrainer, Recorder
+from .trainer import LongTrainer, Recorder, arguments
 
 FORMAT = "longrope-tune/1"
 
@@ -69,7 +70,8 @@ def run_tuning(
     bit for bit on the same machine, threads and versions; a finished one is returned as it is.
 
     Args:
-        loaded: trained in place: afterwards its weights are the tuned ones, in its dtype.
+        loaded: trained in place: afterwards its weights are the tuned ones, in its dtype. (Under torchrun on rank 0
+            alone; the other ranks' models are spent.)
         rope: the ladder of the result.
         settings: what decides the result besides the model and the documents.
         documents: to train on, see `longrope.data.training`.
@@ -93,137 +95,122 @@ def run_tuning(
         "factors": digest(rope.to_dict()),
         "text": sequences.fingerprint(),
     }
-    fingerprint = digest(asked)
-    with closing(RunDirectory(folder, asked, {"versions": versions()}, log="log.jsonl")) as run:
-        done = run.read_json("tune.json")
-        if done is None or not (folder / "model" / "config.json").is_file():
-            check_memory(loaded.model, settings, overcommit)
-            done = _train(loaded, rope, settings, sequences, run, fingerprint, tensorboard)
+    place, count = rank()
+    args = arguments(settings, folder / "checkpoints", count)
+    with _opened(folder, asked) if place == 0 else nullcontext() as run:
+        start = -1 if run is None else _start(run, settings)
+        start = ranks.agreed(start, args.device)
+        if start < settings.steps or not (folder / "tune.json").is_file():
+            training = _Training(loaded, rope, settings, sequences, args, folder, digest(asked))
+            check_memory(loaded.model, settings, overcommit, count)
+            training.train(start, None if run is None else run.evaluations, tensorboard)
+            if run is not None:
+                training.finish(run)
+        ranks.meet()
+        done = read_json(folder / "tune.json")
         return TuneResult(folder, folder / "model", rope, tuple(done["losses"]), done["seconds"])
 
 
-def _train(
-    loaded: models.LoadedModel,
-    rope: lk.LongRope,
-    settings: TuneSettings,
-    sequences: Segments | MixedWindows,
-    run: RunDirectory,
-    fingerprint: str,
-    tensorboard: bool,
-) -> dict[str, Any]:
-    log, folder = run.evaluations, run.path / "checkpoints"
-    start = checkpoint.latest(folder)
-    done = 0 if start is None else checkpoint.step_of(start)
+def _opened(folder: Path, asked: dict[str, Any]) -> Any:
+    return closing(RunDirectory(folder, asked, {"versions": versions()}, log="log.jsonl"))
+
+
+def _start(run: RunDirectory, settings: TuneSettings) -> int:
+    """Return how many steps are done."""
+    if run.read_json("tune.json") is not None and (run.path / "model" / "config.json").is_file():
+        return settings.steps
+    (run.path / "tune.json").unlink(missing_ok=True)
+    latest, log = checkpoint.latest(run.path / "checkpoints"), run.evaluations
+    done = 0 if latest is None else checkpoint.step_of(latest)
     if missing := [step for step in range(1, done + 1) if str(step) not in log.records]:
         raise PipelineError(f"{log.path}: got no line for step {missing[0]}, expected one for each up to step {done}")
-    if start is not None:
+    if latest is not None:
         say(f"{run.path}: going on from step {done} of {settings.steps}")
-    model, device = loaded.model, loaded.model.device
-    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
-    loaded.stock()
-    adapters = Adapters(model, settings.lora_rank, settings.seed) if settings.lora_rank else None
-    if adapters is None:
-        cast(model, dict.fromkeys(dtypes, torch.float32))
-    enable(model, training_rope(rope, settings))
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    try:
+    return done
+
+
+@dataclass
+class _Training:
+    """One training, on this rank."""
+
+    loaded: models.LoadedModel
+    rope: lk.LongRope
+    settings: TuneSettings
+    sequences: Segments | MixedWindows
+    args: TrainingArguments
+    folder: Path
+    fingerprint: str
+
+    def train(self, start: int, log: EvaluationLog | None, tensorboard: bool) -> None:
+        """Train from step `start` to the end, and leave the tuned weights in the model.
+
+        Args:
+            log: of the steps; rank 0 alone has it.
+        """
+        model, device = self.loaded.model, self.loaded.model.device
+        dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+        self.loaded.stock()
+        adapters = self._adapters(model)
+        if adapters is None:
+            cast(model, dict.fromkeys(dtypes, torch.float32))
+        enable(model, training_rope(self.rope, self.settings))
+        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        trained = CausalLoss(model)
+        if self.args.world_size > 1:
+            ranks.shard(trained, self.args.device)
+        try:
+            self._run(trained, start, log, tensorboard)
+            if adapters is not None:
+                adapters.merge()
+                adapters = None
+        finally:
+            if adapters is not None:
+                adapters.remove()
+            self.loaded.stock()
+            model.activation_checkpointing_disable()
+            model.zero_grad(set_to_none=True)
+            model.eval()
+            if not ranks.is_sharded(trained):
+                model.to(device)
+                cast(model, dtypes)
+
+    def _run(self, trained: CausalLoss, start: int, log: EvaluationLog | None, tensorboard: bool) -> None:
+        settings, checkpoints = self.settings, self.folder / "checkpoints"
         with task(f"tune at {settings.length:,} tokens", settings.steps) as progress:
-            progress.skip(done)
-            callbacks = tensorboard_callbacks(run.path / "tensorboard", done) if tensorboard else ()
-            recorder = Recorder(log, progress, settings.stop_above, folder, settings.length * settings.batch, done)
-            trainer = LongTrainer(CausalLoss(model), sequences, settings, folder, fingerprint, recorder, callbacks)
-            trainer.train(resume_from_checkpoint=None if start is None else str(start))
-        if adapters is not None:
-            adapters.merge()
-            adapters = None
-    finally:
-        if adapters is not None:
-            adapters.remove()
-        loaded.stock()
-        model.activation_checkpointing_disable()
-        model.zero_grad(set_to_none=True)
-        model.eval().to(device)
-        cast(model, dtypes)
-    steps = [log.records[str(step)] for step in range(1, settings.steps + 1)]
-    result = {
-        "format": FORMAT,
-        "settings": dataclasses.asdict(settings),
-        "model": loaded.name,
-        "rope": rope.to_dict(),
-        "losses": [step["loss"] for step in steps],
-        "seconds": round(sum(step["seconds"] for step in steps), 3),
-        "documents": sequences.fingerprint(),
-        "provenance": {"created": now(), "from": loaded.name, **run.settings, **versions()},
-    }
-    export_checkpoint(loaded, rope, run.path / "model", tuned=result)
-    run.write_json("tune.json", result)
-    shutil.rmtree(folder, ignore_errors=True)
-    return result
+            progress.skip(start)
+            callbacks: tuple[TrainerCallback, ...] = ()
+            if log is not None:
+                tokens = settings.length * settings.batch
+                callbacks = (Recorder(log, progress, settings.stop_above, checkpoints, tokens, start),)
+                if tensorboard:
+                    callbacks += tensorboard_callbacks(self.folder / "tensorboard", start)
+            trainer = LongTrainer(trained, self.sequences, self.args, checkpoints, self.fingerprint, callbacks)
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder_of(checkpoints, start)) if start else None)
 
+    def _adapters(self, model: Any) -> Adapters | None:
+        return Adapters(model, self.settings.lora_rank, self.settings.seed) if self.settings.lora_rank else None
 
-def resolve(settings: TuneSettings, loaded: models.LoadedModel, rope: lk.LongRope) -> TuneSettings:
-    """Return the settings with what depends on the model said, after checking it."""
-    if settings.lora_rank:
-        check_peft()
-    short = settings.short_length
-    if settings.short_share:
-        short = rope.lengths[0] if short is None else short
-        if not 64 <= short <= min(rope.lengths[0], settings.length - 1):
-            expected = f"at least 64, at most {rope.lengths[0]}, the first regime's, and below {settings.length}"
-            refuse("--short-length", short, expected)
-    dtype = compute_dtype(settings.dtype, loaded.dtype)
-    return dataclasses.replace(settings, dtype=dtype, short_length=short if settings.short_share else None)
-
-
-def check_memory(model: Any, settings: TuneSettings, overcommit: bool) -> None:
-    """Say what memory is foreseen; refuse where there is less."""
-    shape = memory.Shape.of(model)
-    available = memory.available_bytes(shape.weight_bytes)
-    wanted = memory.foreseen(shape, settings) if overcommit else memory.check(shape, settings, available)
-    say(f"memory foreseen: {wanted.describe()}, of {available / memory.GIB:.1f} GiB")
-
-
-def rows(tokenizer: Any, documents: Iterable[Document], settings: TuneSettings) -> Segments | MixedWindows:
-    """Return what the run reads, in order."""
-    long = Segments(tokenizer, documents, settings.length, settings.seed, settings.batch * settings.steps)
-    if settings.short_length is None:
-        return long
-    short = Segments(tokenizer, long.documents, settings.short_length, f"{settings.seed} short")
-    return MixedWindows(long, short, settings.short_share)
-
-
-def training_rope(rope: lk.LongRope, settings: TuneSettings) -> lk.LongRope:
-    """Return the last regime for long sequences, whatever their length, and the first for short windows."""
-    regimes = {settings.length: rope.scalings[-1]}
-    if settings.short_length is not None:
-        regimes[settings.short_length] = rope.scalings[0]
-    return lk.LongRope(min(regimes), regimes)
-
-
-def compute_dtype(asked: str, weights: str) -> str:
-    """Return the dtype of the computation, bf16 or fp32, where it is asked as `auto` of a model in `weights`."""
-    if asked != "auto":
-        return asked
-    return "fp32" if weights == "fp32" else "bf16"
-
-
-def cast(model: Any, dtypes: dict[str, torch.dtype]) -> None:
-    """Change the dtype of weights, by name; buffers (a rotary embedding's frequencies) stay as they are."""
-    for name, weight in model.named_parameters():
-        weight.data = weight.data.to(dtypes[name])
-
-
-def check_tensorboard(asked: bool | None) -> bool:
-    """Whether TensorBoard's files will be written: where it is asked for, or not spoken of and installed."""
-    there = importlib.util.find_spec("tensorboard") is not None
-    if asked and not there:
-        refuse("--tensorboard", "no package tensorboard", "it installed (pip install tensorboard)")
-    return there if asked is None else asked
-
-
-def tensorboard_callbacks(folder: Path, start: int) -> tuple[TrainerCallback, ...]:
-    """Return what writes TensorBoard's files; steps after `start`, of a run that was killed, give way to new ones."""
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return (TensorBoardCallback(SummaryWriter(str(folder), purge_step=start + 1)),)
+    def finish(self, run: RunDirectory) -> None:
+        """Write the tuned model and what is known of it; the checkpoints are no longer needed."""
+        settings, records = self.settings, run.evaluations.records
+        checkpoints = self.folder / "checkpoints"
+        if self.args.world_size > 1:  # this rank has a part of the weights; the last checkpoint has all
+            self.loaded.model = models.load(self.loaded.name, self.loaded.dtype).model
+            last = checkpoint.Checkpoint(checkpoint.folder_of(checkpoints, settings.steps), self.fingerprint)
+            dtypes = {name: weight.dtype for name, weight in self.loaded.model.named_parameters()}
+            last.into_model({f"model.{name}": weight for name, weight in self.loaded.model.named_parameters()})
+            cast(self.loaded.model, dtypes)
+        steps = [records[str(step)] for step in range(1, settings.steps + 1)]
+        result = {
+            "format": FORMAT,
+            "settings": dataclasses.asdict(settings),
+            "model": self.loaded.name,
+            "rope": self.rope.to_dict(),
+            "losses": [step["loss"] for step in steps],
+            "seconds": round(sum(step["seconds"] for step in steps), 3),
+            "documents": self.sequences.fingerprint(),
+            "provenance": {"created": now(), **run.settings, **versions()},
+        }
+        export_checkpoint(self.loaded, self.rope, self.folder / "model", tuned=result)
+        run.write_json("tune.json", result)
+        shutil.rmtree(checkpoints, ignore_errors=True)

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..errors import PipelineError
 from ..progress import Task, say
 from ..run import EvaluationLog
-from . import checkpoint
+from . import checkpoint, ranks
 from .loss import CausalLoss
 from .settings import TuneSettings
 
@@ -30,30 +32,24 @@ class LongTrainer(Trainer):
     Args:
         trained: the model whose forward is its loss.
         sequences: with as many items as the run reads, in order.
-        settings: see `TuneSettings`; `dtype` is bf16 or fp32.
+        args: what `arguments` makes of the settings.
         folder: of the checkpoints.
         fingerprint: digest of all that decides results; checkpoints of another are refused.
-        recorder: told of every step.
+        callbacks: told of every step.
     """
 
     def __init__(
         self,
         trained: CausalLoss,
         sequences: Dataset[Any],
-        settings: TuneSettings,
+        args: TrainingArguments,
         folder: Path,
         fingerprint: str,
-        recorder: Recorder,
         callbacks: tuple[TrainerCallback, ...] = (),
     ) -> None:
         self.checkpoints, self.fingerprint = folder, fingerprint
         self._resumed: checkpoint.Checkpoint | None = None
-        super().__init__(
-            model=trained,
-            args=arguments(settings, folder),
-            train_dataset=sequences,
-            callbacks=[recorder, *callbacks],
-        )
+        super().__init__(model=trained, args=args, train_dataset=sequences, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)
 
     @property
@@ -66,8 +62,6 @@ class LongTrainer(Trainer):
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if not self.args.should_save:
-            return
         state = {**dataclasses.asdict(self.state), "log_history": [], "stateful_callbacks": {}}
         checkpoint.save(
             self.checkpoints,
@@ -77,6 +71,7 @@ class LongTrainer(Trainer):
             self.lr_scheduler,
             json.dumps(state, indent=1, sort_keys=True),
             self.fingerprint,
+            self.args.should_save,
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -91,6 +86,18 @@ class LongTrainer(Trainer):
         if self._resumed is not None:
             self._resumed.into_random()
             self._resumed = None  # and with it a copy of the weights
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        return ranks.whole(norm) if isinstance(norm, torch.Tensor) else norm
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        ranks.set_gradient_sync(self.model, False)
+        try:
+            yield
+        finally:
+            ranks.set_gradient_sync(self.model, True)
 
 
 class Recorder(TrainerCallback):
@@ -167,14 +174,20 @@ class Watch:
         return smoothed, self.least
 
 
-def arguments(settings: TuneSettings, folder: Path) -> TrainingArguments:
-    """Return the trainer's arguments for these settings."""
+def arguments(settings: TuneSettings, folder: Path, count: int = 1) -> TrainingArguments:
+    """Return the trainer's arguments for these settings; where there are several ranks, they meet here.
+
+    Args:
+        settings: see `TuneSettings`; `dtype` is bf16 or fp32.
+        folder: of the checkpoints.
+        count: ranks.
+    """
     cuda = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.per_forward,
-        gradient_accumulation_steps=settings.batch // settings.per_forward,
+        gradient_accumulation_steps=settings.batch // (settings.per_forward * count),
         learning_rate=settings.lr,
         lr_scheduler_type=SCHEDULERS[settings.schedule],
         warmup_steps=settings.warmup,
@@ -184,10 +197,12 @@ def arguments(settings: TuneSettings, folder: Path) -> TrainingArguments:
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.dtype == "bf16",
         use_cpu=not cuda,
+        ddp_backend=None if cuda or count == 1 else "gloo",
         dataloader_pin_memory=cuda,
         seed=settings.seed,
         save_strategy="steps",
         save_steps=settings.save_every,
+        save_only_model=True,  # as far as transformers would; `_save_checkpoint` writes all
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
