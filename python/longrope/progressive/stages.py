@@ -27,8 +27,9 @@ from ..search.seeds import BLENDS, baselines
 from ..search.stage import WINNER_FILE, run_search
 from ..tune.data import Segments
 from ..tune.memory import Shape, available_bytes, foreseen
+from ..tune.prepare import compute_dtype
 from ..tune.settings import TuneSettings
-from ..tune.stage import compute_dtype, run_tuning
+from ..tune.stage import run_tuning
 from .by_length import lengths_between, one_regime, say_lengths, score_lengths, tabulate
 from .recipe import Recipe
 
