@@ -1,6 +1,6 @@
 """What each stage of the progressive extension is worth: `python -m bench.ablations`.
 
-The tiny model is extended by the preset `tiny`, and again without one stage at a time; all read the same held-out
+The tiny model is extended as `make demo-full` does, and again without one stage at a time; all read the same held-out
 documents at every length under their own ladder. Prints perplexities and paired differences, and writes
 bench/results/ablations.json and docs/figures/ablations.png. Stopped and started again, it goes on where it was.
 
@@ -56,14 +56,13 @@ def variants() -> dict[str, dict[str, Any]]:
     }
 
 
-def extend(name: str, changes: dict[str, Any], model: Path, runs: Path) -> dict[int, list[dict[str, Any]]]:
+def extend(name: str, changes: dict[str, Any], options: argparse.Namespace) -> dict[int, list[dict[str, Any]]]:
     """Extend the model and return the records of every held-out document at every length."""
     say(f"=== {name}")
-    folder = runs / name.replace(" ", "-")
-    if name == NO_READJUSTMENT:  # the stages before it are those of the whole run
-        folder = runs / FULL.replace(" ", "-")
+    # Without readjustment, all stages before it are those of the whole run.
+    folder = options.run if name in (FULL, NO_READJUSTMENT) else options.runs / name.replace(" ", "-")
     whole = {} if name == NO_READJUSTMENT else changes
-    context, _, extension = open_extension("tiny", model=str(model), to=TARGET, run_dir=folder, **whole)
+    context, _, extension = open_extension("tiny", model=options.model, to=TARGET, run_dir=folder, **whole)
     assert extension is not None
     with closing(context):
         if name == NO_READJUSTMENT:
@@ -133,11 +132,12 @@ def figure(result: dict[str, Any]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=record.ROOT / "examples/tiny-512")
-    parser.add_argument("--runs", type=Path, default=record.ROOT / "runs/ablations")
+    parser.add_argument("--model", default="examples/tiny-512")
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="the whole run: what `make demo-full` made")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="where the others are made")
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     options = parser.parse_args()
-    found = {name: extend(name, changes, options.model, options.runs) for name, changes in variants().items()}
+    found = {name: extend(name, changes, options) for name, changes in variants().items()}
     result = summary(found)
     say_summary(result)
     options.results.mkdir(parents=True, exist_ok=True)
