@@ -83,18 +83,23 @@ def test_a_first_search_says_what_it_always_said(copied: Path) -> None:
 
 
 def test_readjustments_are_listed_by_length(copied: Path) -> None:
-    search = json.loads((copied / "search.json").read_text())
-    for length in (100, 64):
-        history = [{**search["winner"], "origin": "seed original", "score": 3.0}]
-        history.append({**search["winner"], "origin": "seed extended", "score": 2.0})
-        winner = {**search["winner"], "origin": "seed blend 0.5", "score": 1.0 + length / 1000}
-        found = {**search, "history": [*history, winner], "winner": winner}
-        (copied / f"readjust-{length}.json").write_text(json.dumps(found))
+    losses = {"original": 3.0, "extended": 2.0, "readjusted": 1.0}
+    interval = {"mean": -1.0, "low": -1.5, "high": -0.5}
+    lengths = [
+        {
+            "length": length,
+            "origin": "seed blend 0.5",
+            "largest_factor": 2.5,
+            "search": losses,
+            "heldout": {name: loss + length / 1000 for name, loss in losses.items()},
+            "differences": {"original": interval, "extended": interval},
+        }
+        for length in (64, 100)
+    ]
+    (copied / "readjust.json").write_text(json.dumps({"lengths": lengths}))
     text = str(Text(write_report(copied).read_text()))
-    first, second = (
-        text.index(f"{length} 3.0000 2.0000 {1 + length / 1000:.4f} seed blend 0.5") for length in (64, 100)
-    )
-    assert first < second
+    assert "64 3.0000 2.0000 1.0000 3.0640 2.0640 1.0640 -1.0000 [-1.5000, -0.5000]" in text
+    assert "100 3.0000 2.0000 1.0000 3.1000 2.1000 1.1000" in text
 
 
 @pytest.mark.parametrize("name", ["search_full", "demo"])

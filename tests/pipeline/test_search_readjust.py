@@ -100,7 +100,7 @@ def test_it_writes_a_ladder_and_goes_on_without_repeating_anything(
     folder, arguments = readjusted
     done = command(*arguments)
     assert (done.code, done.err) == (0, "")
-    assert "The ladder: 64, 100, 128, 256 tokens" in done.out
+    assert "The ladder: 64, 100, 128, 256 tokens. Held-out loss by length:" in done.out
 
     rope, fields = factors.read(folder / "factors/readjusted.json")
     before, _ = factors.read(extended.folder / "factors/winner.json")
@@ -118,7 +118,8 @@ def test_it_writes_a_ladder_and_goes_on_without_repeating_anything(
         regime, _ = factors.read(folder / f"factors/readjust-{length}.json")
         assert regime.scalings == (rope.regimes[length],)
 
-    kept = {file: (folder / file).read_bytes() for file in ("evaluations.jsonl", "factors/readjusted.json")}
+    files = ("evaluations.jsonl", "factors/readjusted.json", "readjust.json")
+    kept = {file: (folder / file).read_bytes() for file in files}
     assert command(*arguments).code == 0
     assert {file: (folder / file).read_bytes() for file in kept} == kept
 
@@ -130,9 +131,16 @@ def test_the_loss_of_a_readjustment_counts_from_position_0(
     assert command(*arguments).code == 0
     records = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     assert {(record["stage"], record["length"], record["start"]) for record in records} == {
-        ("readjust-64", 64, 0),
-        ("readjust-100", 100, 0),
+        *(("readjust-64", 64, 0), ("readjust-64 heldout", 64, 0)),
+        *(("readjust-100", 100, 0), ("readjust-100 heldout", 100, 0)),
     }
+    searched, proved = (
+        {record["window"] for record in records if record["stage"].endswith("heldout") == held}
+        for held in (False, True)
+    )
+    assert len(searched) == len(proved) == 2
+    assert not searched & proved
+    records = [record for record in records if not record["stage"].endswith("heldout")]
     original = [r for r in records if r["length"] == 64 and set(r["candidate"]["factors"]) == {1.0}]
     original = [r for r in original if r["candidate"]["start_tokens"] == 0][:2]
     assert scores(folder, 64)["seed original"] == pytest.approx(np.mean([record["nll"] for record in original]))
@@ -146,7 +154,7 @@ def test_the_ladder_is_exported_and_read_again_whole(
     file, out = folder / "factors/readjusted.json", tmp_path / "export"
     done = command("export", extended.folder / "export", "--factors", file, "--out", out, "--dtype", "fp32")
     assert (done.code, done.err) == (0, "")
-    assert "note: the ladder has regimes up to 64, 100, 128, 256 tokens" in done.out
+    assert "two sets of factors: stock transformers knows nothing of those for up to " in done.out
     source = models.find(str(out))
     assert models.rope_of(models.load_config(source), source=source) == factors.read(file)[0]
 

@@ -24,6 +24,7 @@ import longrope_kernels as lk
 from longrope import cli, data, factors, models
 from longrope.errors import PipelineError, UsageError
 from longrope.tune import TuneSettings, checkpoint
+from longrope.tune.prepare import check_tensorboard
 from longrope.tune.stage import run_tuning
 
 STEPS = 8
@@ -135,6 +136,20 @@ def test_it_learns(tuned: Path, model_folder: Path) -> None:
     told = json.loads((tuned / "tune.json").read_text())
     assert told["losses"] == losses
     assert not (tuned / "checkpoints").exists(), "the tuned model has taken their place"
+
+
+def test_tensorboard_is_written_where_it_is_installed(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tuned / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(number + 1, pytest.approx(step["loss"])) for number, step in enumerate(steps(tuned))]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not check_tensorboard(None)
+    with pytest.raises(UsageError, match=r"^--tensorboard: got no package tensorboard, expected it installed"):
+        check_tensorboard(True)
 
 
 def test_killed_at_the_worst_moments_it_gives_the_same_bits(

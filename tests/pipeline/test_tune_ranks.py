@@ -21,7 +21,7 @@ from longrope.errors import UsageError
 from longrope.tune import TuneSettings
 from longrope.tune.stage import run_tuning
 
-SETTINGS = TuneSettings(length=tiny.TARGET, steps=4, batch=4, lr=1e-3, save_every=2)
+SETTINGS = TuneSettings(length=tiny.TARGET, steps=4, batch=4, lr=1e-3, save_every=2, short_share=0.25)
 
 
 def tune(name: str, texts: str, folder: str) -> tuple[float, ...]:

@@ -16,7 +16,6 @@ class Report:
 
     Attributes:
         measured: by method, what `longrope measure` has left.
-        readjusted: the search for each length that was readjusted.
     """
 
     run: dict[str, Any]
@@ -30,7 +29,7 @@ class Report:
     ladder: dict[str, Any] | None = None
     tuning: tuple[dict[str, Any], ...] = ()
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
-    readjusted: dict[int, dict[str, Any]] = field(default_factory=dict)
+    readjusted: dict[str, Any] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:

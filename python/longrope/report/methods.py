@@ -64,19 +64,20 @@ def allowed(space: dict[str, Any]) -> str:
 
 def readjusted_section(report: Report) -> str:
     """One row for each length that was readjusted."""
-    if not report.readjusted:
+    if report.readjusted is None:
         return ""
     rows = []
-    for length, search in sorted(report.readjusted.items()):
-        scores = {one["origin"]: one["score"] for one in search["history"]}
-        winner = search["winner"]
-        ends = [f"{scores[f'seed {name}']:.4f}" for name in ("original", "extended")]
-        largest = f"{max(winner['candidate']['factors']):g}"
-        rows.append((False, [f"{length:,}", *ends, f"{winner['score']:.4f}", winner["origin"], largest]))
-    head = ["length", "original factors", "extended factors", "readjusted", "which is", "largest factor"]
+    for one in report.readjusted["lengths"]:
+        losses = [f"{one[side][name]:.4f}" for side in ("search", "heldout") for name in one[side]]
+        gains = [f"{d['mean']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]" for d in one["differences"].values()]
+        rows.append((False, [f"{one['length']:,}", *losses, *gains, one["origin"], f"{one['largest_factor']:g}"]))
+    kinds = ("original", "extended", "readjusted")
+    head = ["length", *(f"{side}, {kind}" for side in ("search", "held-out") for kind in kinds)]
+    head += ["held-out, minus original", "minus extended", "which is", "largest factor"]
     return (
-        "<h2>Readjusted for short texts</h2><p>Mean loss from position 0 of the search documents, on the extended "
-        "model. Both ends are seeds of this search, so it is never worse than either there.</p>" + table(head, rows)
+        "<h2>Readjusted for short texts</h2><p>Mean loss from position 0, on the extended model, under the original "
+        "factors, the extended ones and those found between them. Both ends are seeds of that search, so it is never "
+        "worse than either on the search documents; the held-out ones say what that is worth.</p>" + table(head, rows)
     )
 
 

@@ -76,7 +76,7 @@ def read_report(folder: Path) -> Report:
         read("ladder.json"),
         tuning_stages(folder, plan),
         read_measured(folder),
-        readjusted={int(file.stem.split("-")[1]): read_json(file) for file in folder.glob("readjust-*.json")},
+        read("readjust.json") or read("stages/readjust/readjust.json"),
     )
 
 

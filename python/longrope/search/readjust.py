@@ -2,7 +2,8 @@
 
 Weights that were tuned under large factors read short texts worse than they did. At each length below the tuned one a
 search on those weights chooses factors between the original's and the extended ones, and all of them together are a
-ladder of regimes. Both ends are seeds, so a regime is never worse than either on the search documents.
+ladder of regimes. Both ends are seeds, so a regime is never worse than either on the search documents; what it is worth
+on others, the held-out ones say.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ import numpy as np
 import longrope_kernels as lk
 
 from .. import factors
-from ..context import Context, versions
+from ..context import Context
 from ..errors import refuse
+from ..evaluate.scoring import Scorer, mean_nll
 from ..progress import say
 from .budget import Budget
 from .objectives import TextLoss
 from .problem import Problem
 from .seeds import blends
-from .solve import keep_time, solve
+from .solve import keep_time, provenance, solve
+from .space import Candidate
 from .spaces import Between
 from .stage import evolution_settings
 
+FORMAT = "longrope-readjust/1"
 LADDER_FILE = "factors/readjusted.json"
+ENDS = ("original", "extended")  # seeds, see `seeds.blends`
 LEAST_LENGTH = 16  # tokens: what an interval needs
 
 
@@ -38,41 +43,41 @@ def run_readjustment(
 ) -> lk.LongRope:
     """Search factors at each length, and return the ladder with a regime for each of them.
 
-    Writes `readjust-LENGTH.json` and `factors/readjust-LENGTH.json` for each length, and the ladder to
-    `factors/readjusted.json`, a factor file.
+    Writes `readjust-LENGTH.json` and `factors/readjust-LENGTH.json` for each length, what came out to `readjust.json`,
+    and the ladder to `factors/readjusted.json`, a factor file.
 
     Args:
-        context: its model's weights are those that `ladder` is for; its search documents are read from their beginning.
+        context: its model's weights are those that `ladder` is for; its documents are read from their beginning.
         ladder: what was reached by extension: the original regime, where there is one, and longer ones.
         lengths: in tokens, below the longest of the ladder.
         budget: shared out evenly between the lengths; None: all that the request asks for.
     """
     check_lengths(ladder, lengths)
-    found: dict[int, dict[str, Any]] = {}
+    found: list[dict[str, Any]] = []
     regimes = dict(ladder.regimes)
     for length in sorted(set(lengths)):
         problem = readjustment_problem(context, ladder, length)
         say()
         say(f"Readjusting for {length:,} tokens")
         result = solve(context, problem, _share(budget, len(set(lengths))))
-        rope, _ = factors.read(context.run.path / problem.factor_files["winner"])
-        regimes[length] = rope.scalings[-1]
-        found[length] = result
+        regimes[length] = Candidate.from_dict(result["winner"]["candidate"]).scaling(problem.base)
+        found.append(prove(context, problem, result))
     readjusted = lk.LongRope(ladder.original_max_position_embeddings, regimes)
-    best = {str(length): result["winner"] for length, result in found.items()}
+    summary = {"format": FORMAT, "ladder": list(readjusted.lengths), "lengths": found}
+    context.run.write_json("readjust.json", summary)
     content = factors.describe(
         readjusted,
         context.loaded.name,
-        f"readjusted for {', '.join(best)} tokens",
+        f"readjusted for {', '.join(str(one['length']) for one in found)} tokens",
         objective={
             "what": "mean negative log-likelihood in nats per token, by length",
-            "value": {length: winner["score"] for length, winner in best.items()},
-            "origin": {length: winner["origin"] for length, winner in best.items()},
+            "value": {str(one["length"]): one["search"]["readjusted"] for one in found},
+            "origin": {str(one["length"]): one["origin"] for one in found},
         },
-        provenance={"versions": versions(), "dtype": context.loaded.dtype, "seed": context.request.seed},
+        provenance=provenance(context),
     )
     keep_time(context, LADDER_FILE, content)
-    say_ladder(readjusted, found)
+    say_readjustment(summary)
     return readjusted
 
 
@@ -136,17 +141,36 @@ def check_lengths(ladder: lk.LongRope, lengths: Sequence[int]) -> None:
             refuse("MODEL", "the original factors alone", "an extended model, or its ladder by --factors")
 
 
-def say_ladder(ladder: lk.LongRope, found: dict[int, dict[str, Any]]) -> None:
-    """Print the regimes, and what each readjusted one gained on either end, on the search documents."""
+def prove(context: Context, problem: Problem, result: dict[str, Any]) -> dict[str, Any]:
+    """Return what one readjustment gained on either end, on the search documents and on the held-out ones."""
+    length, heldout = problem.objective.length, TextLoss(context.split.heldout, problem.objective.length, 0)
+    winner = Candidate.from_dict(result["winner"]["candidate"])
+    scores = {one["origin"]: one["score"] for one in result["history"]}
+    scorer = Scorer(context.loaded, context.run.evaluations, team=context.team)
+    records = {}
+    for name, candidate in (*((end, problem.seeds[end]) for end in ENDS), ("readjusted", winner)):
+        about = {"stage": f"{problem.name} heldout", "candidate": candidate.to_dict()}
+        rope = problem.rope(candidate)
+        records[name] = [scorer.score(one.window, rope, one.length, one.start, **about) for one in heldout.samples]
+    return {
+        "length": length,
+        "origin": result["winner"]["origin"],
+        "largest_factor": max(winner.factors),
+        "search": {**{end: scores[f"seed {end}"] for end in ENDS}, "readjusted": result["winner"]["score"]},
+        "heldout": {name: mean_nll(some, 0, length) for name, some in records.items()},
+        "differences": {end: heldout.difference(records["readjusted"], records[end]).to_dict() for end in ENDS},
+    }
+
+
+def say_readjustment(summary: dict[str, Any]) -> None:
+    """Print the ladder, and what each readjusted regime is worth on held-out documents."""
     say()
-    say(f"The ladder: {', '.join(f'{length:,}' for length in ladder.lengths)} tokens")
-    for length, result in found.items():
-        scores = {one["origin"]: one["score"] for one in result["history"]}
-        best = result["winner"]
-        say(
-            f"  {length:,}: {best['origin']}, loss {best['score']:.4f}; original {scores['seed original']:.4f}, "
-            f"extended {scores['seed extended']:.4f}; largest factor {max(best['candidate']['factors']):g}"
-        )
+    say(f"The ladder: {', '.join(f'{length:,}' for length in summary['ladder'])} tokens. Held-out loss by length:")
+    for one in summary["lengths"]:
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in one["heldout"].items())
+        say(f"  {one['length']:,}: {losses} ({one['origin']}, largest factor {one['largest_factor']:g})")
+        for end, difference in one["differences"].items():
+            say(f"    minus {end}: {difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]")
 
 
 def _plain(scaling: lk.RopeScaling) -> lk.RopeScaling:

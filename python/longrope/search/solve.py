@@ -134,15 +134,20 @@ def write_factors(context: Context, problem: Problem, outcome: Outcome, result: 
             scored.origin,
             scored.candidate,
             {"what": what.pop("what"), "value": scored.score, **what},
-            {
-                "versions": versions(),
-                "dtype": loaded.dtype,
-                "seed": context.request.seed,
-                "evaluations": result["evaluations"],
-                "model_fingerprint": context.run.settings["model_fingerprint"],
-            },
+            provenance(context, evaluations=result["evaluations"]),
         )
         keep_time(context, problem.factor_files[name], content)
+
+
+def provenance(context: Context, **more: Any) -> dict[str, Any]:
+    """Return what a factor file says of how it was made."""
+    return {
+        "versions": versions(),
+        "dtype": context.loaded.dtype,
+        "seed": context.request.seed,
+        **more,
+        "model_fingerprint": context.run.settings["model_fingerprint"],
+    }
 
 
 def keep_time(context: Context, file: str, content: dict[str, Any]) -> None:

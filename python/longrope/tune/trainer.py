@@ -183,7 +183,7 @@ def arguments(settings: TuneSettings, folder: Path, count: int = 1) -> TrainingA
         count: ranks.
     """
     cuda = torch.cuda.is_available()
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.per_forward,
@@ -210,3 +210,6 @@ def arguments(settings: TuneSettings, folder: Path, count: int = 1) -> TrainingA
         report_to="none",
         disable_tqdm=True,
     )
+    if args.n_gpu > 1:  # of one process: torch's DataParallel is not what a step's batch was meant for
+        args._n_gpu = 1
+    return args
