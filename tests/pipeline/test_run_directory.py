@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -167,10 +168,24 @@ def test_reading_json_says_missing_or_broken(tmp_path: Path) -> None:
 def test_only_what_makes_the_model_is_its_fingerprint(model_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
     made = models.fingerprint(models.find(str(folder)))
-    for name in ("notes.json", "longrope.json", "README.md", "training_args.bin"):
+    for name in ("notes.json", "README.md", "training_args.bin"):
         (folder / name).write_text("{}")
     assert models.fingerprint(models.find(str(folder))) == made
+    (folder / "longrope.json").write_text("{}")
+    assert models.fingerprint(models.find(str(folder))) != made, "the ladder that the weights serve"
     for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
         before = models.fingerprint(models.find(str(folder)))
         (folder / name).write_bytes((folder / name).read_bytes() + b" ")
         assert models.fingerprint(models.find(str(folder))) != before, name
+
+
+def test_the_same_files_in_another_place_are_the_same_model(tmp_path: Path) -> None:
+    def opened(model: str, fingerprint: str) -> RunDirectory:
+        return RunDirectory(tmp_path / "run", {"model": model, "model_fingerprint": fingerprint})
+
+    with closing(opened("here", "a")) as run:
+        run.evaluations.append("key", {"nll": 1.0})
+    with closing(opened("moved/there", "a")) as run:
+        assert run.evaluations.get("key")
+    with pytest.raises(UsageError, match="MODEL: got"):
+        opened("moved/there", "b")
