@@ -67,4 +67,21 @@ struct ProbeParams {
 void probe_load_matrices(const ProbeParams& params, Stream stream);
 void probe_multiply_add(const ProbeParams& params, Stream stream);
 
+// One product of a warpgroup (sm90/probes.cu): operands from an image of shared memory by descriptors, or A from
+// registers [128, 8] of T; accumulators [128, columns / 2] in and out.
+struct GroupProbe {
+    struct Matrix {
+        uint32_t start, leading_bytes, stride_bytes;
+        int32_t swizzle, transposed;
+    };
+    const void *image, *registers;
+    float* d;
+    Matrix left, right;
+    int32_t columns, accumulate;
+    Dtype dtype;
+};
+void probe_group_multiply(const GroupProbe& params, Stream stream);
+// The shared memory that a copy of the box at `at` fills.
+void probe_copy_tensor(const TensorShape& shape, const int32_t* at, void* out, Stream stream);
+
 }  // namespace longrope
