@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "../cuda/kernels.h"
+#include "../cuda/schedule.cuh"
 #include "arguments.h"
 
 #if !defined(__CUDACC__)
@@ -98,6 +99,21 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
     });
     m.def("attention_forward_sm80", [](const py::tuple& arguments, uintptr_t stream) {
         attention_forward_sm80(attention_params(arguments), stream_of(stream));
+    });
+    m.def("attention_forward_sm90", [](const py::tuple& arguments, int64_t key_tokens, uintptr_t stream) {
+        attention_forward_sm90(attention_params(arguments), key_tokens, stream_of(stream));
+    });
+    // Pair and row block of every tile, in the order in which a block takes them.
+    m.def("schedule", [](int32_t pairs, int32_t row_blocks, int32_t section, int32_t block, int32_t blocks) {
+        const Schedule schedule{pairs, row_blocks, section};
+        std::vector<std::pair<int32_t, int32_t>> places;
+        for (int32_t round = 0; round * blocks < schedule.tiles(); ++round) {
+            const int32_t tile = Schedule::dealt(round, block, blocks);
+            if (tile >= schedule.tiles()) continue;
+            const Schedule::Place place = schedule.at(tile);
+            places.emplace_back(place.pair, place.row_block);
+        }
+        return places;
     });
     m.def("attention_decode_sm80", [](const py::tuple& arguments, const py::tuple& extra, uintptr_t stream) {
         attention_decode_sm80(attention_params(arguments), scratch(extra), stream_of(stream));

@@ -30,6 +30,8 @@ void prepare_keys(const AttentionParams& params, const AttentionScratch& scratch
 
 // Attention over keys that are rotated already, for the sequences of `params` with more rows than the decoder takes.
 void attention_forward_sm80(const AttentionParams& params, Stream stream);
+// The same on Hopper; `key_tokens` is how many tokens a sequence's, or a packed batch's, keys and values have room for.
+void attention_forward_sm90(const AttentionParams& params, int64_t key_tokens, Stream stream);
 
 // Attention over unrotated keys, contiguous or in a cache, for the sequences with few rows: partial results by runs of
 // keys, and their sum. Keys are split at multiples of `kSplitKeys`, by their index in the sequence.
