@@ -88,6 +88,33 @@ def test_the_machine_code_has_what_the_kernels_are_made_of(source, target):
 
 
 @needs_nvcc
+def test_hopper_kernels_are_made_of_its_own_instructions():
+    """wgmma and bulk copies, not serialised (the report would warn of C7510 or its like), within their registers."""
+    cubin, report = compiled(HOPPER, "sm_90a")
+    assert "C75" not in report
+    functions = sass(cubin).split("Function : ")[1:]
+    assert len(functions) == 8
+    for code in functions:
+        columns = {int(x) for x in re.findall(r"HGMMA\.64x(\d+)x16\.F32", code)}
+        keys = 64 if 256 in columns else 128  # of a tile, as the widest head_dim leaves registers for
+        assert keys in columns
+        assert len(columns - {keys}) <= 1
+        for instruction in (r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"MUFU\.EX2", r"LDGSTS", r"STG\.E\.128"):
+            assert re.search(instruction, code), instruction
+        assert not re.search(r"\b(HMMA|LDSM)\b", code)
+    # The registers that setmaxnreg deals out are those of 64K that the threads begin with.
+    source = (ROOT / "csrc" / "cuda" / HOPPER).read_text()
+    (producer, consumer) = map(
+        int, re.search(r"kProducerRegisters = (\d+), kConsumerRegisters = (\d+)", source).groups()
+    )
+    (used,) = set(map(int, re.findall(r"Used (\d+) registers", report)))
+    assert producer + 2 * consumer <= 3 * used
+    assert 3 * 128 * used <= 64 << 10
+    highest = max(int(x) for code in functions for x in re.findall(r"\bR(\d+)\b", code))
+    assert highest < consumer
+
+
+@needs_nvcc
 def test_bulk_memory_is_accessed_16_bytes_at_a_time():
     code = sass(compiled(FORWARD, "sm_80")[0])
     assert re.search(r"LDGSTS\.E\.BYPASS\.128", code) or re.search(r"LDGSTS\.E\.BYPASS.*\.128", code)
