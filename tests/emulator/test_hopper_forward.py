@@ -128,11 +128,11 @@ PLANTED = {
     "keys copied over what is read": ("rings.keys.wait_free(count);", "", 0, "race|in flight|one arrival too many"),
     "values copied over what is read": ("rings.values.wait_free(count);", "", 0, "race|in flight|one arrival too many"),
     "the parity of the wrong phase": ("parity(count) ^ 1", "parity(count)", 0, "no thread can go on|race"),
-    "keys released before they are read": (
-        "group_wait<1>(scores);\n                rings.keys.release(count);",
-        "rings.keys.release(count);\n                group_wait<1>(scores);",
+    "values released before they are read": (
+        "group_wait<0>(out, weights);\n                rings.values.release(count - 1);",
+        "rings.values.release(count - 1);\n                group_wait<0>(out, weights);",
         0,
-        "in flight",
+        "race",
     ),
     "no warp barrier before the release": (
         "warp_sync();\n        if (lane_index() == 0) mbarrier_arrive(free",
@@ -155,18 +155,8 @@ PLANTED = {
     ),
     "no wgmma fence": ("group_fence();", "", 1, "wgmma without a fence"),
     "no wgmma fence at the end": ("group_fence();", "", 2, "wgmma without a fence"),
-    "no proxy fence after the queries": (
-        "proxy_fence();\n            group_sync",
-        "group_sync",
-        0,
-        "without a proxy fence",
-    ),
-    "no barrier after the queries": (
-        "proxy_fence();\n            group_sync();",
-        "proxy_fence();",
-        0,
-        "race|nothing wrote|proxy",
-    ),
+    "no proxy fence after the queries": ("proxy_fence();  // and the barrier", "// ", 0, "without a proxy fence"),
+    "no barrier after the queries": ("wait_for_turn();", "", 0, "race|nothing wrote|without a proxy fence"),
     "queries written while rows are stored": ("group_sync();  // the rows", "// ", 0, "race"),
     "rows stored while queries are read": ("group_sync();  // no warp", "// ", 0, "race"),
     "no proxy fence after the last values": (

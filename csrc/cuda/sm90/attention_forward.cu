@@ -216,8 +216,7 @@ LONGROPE_DEVICE void consume(const ForwardLaunch& launch, int group) {
             }
             group_sync();  // the rows of the tile before have left the query tile
             load_queries<T, kGroupThreads>(p, work.s, work.map, group_row, rows, queries);
-            proxy_fence();
-            group_sync();
+            proxy_fence();  // and the barrier of the first turn shows them to the group
         }
 
         float scores[kKeys / 8][4], out[kHeadDim / 8][4] = {};
