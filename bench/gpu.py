@@ -1,4 +1,4 @@
-"""The Triton backend beside what a GPU's user would run instead, and as a share of what the same GPU just reached.
+"""The Triton backend beside the CUDA one and what a GPU's user would run instead, as a share of what that GPU just did.
 
     python -m bench.gpu [--out DIR] [--minutes N] [--dry-run]     the benchmark; writes DIR/gpu.json
     python -m bench.gpu --smoke                                   each kernel once on a small shape, for a sanitizer
@@ -31,6 +31,7 @@ from .timing import Samples
 from .workloads import OURS, Disagreement, Shape, Work, check, tolerance
 
 MATMUL, COPY = "matmul", "copy"
+CUDA = "ours, CUDA kernels"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def forward(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
     }
     if not device.is_gpu:
         makers["SDPA math"] = functools.partial(peers.sdpa, "MATH", query, key, value, cos, sin, True)
+    makers[CUDA] = lambda: lambda: lk.attention(query, key, value, s, backend="cuda")
     makers["FlexAttention"] = functools.partial(peers.flex, query, key, value, cos, sin)
     makers["flash-attn-4"] = functools.partial(peers.flash_attention_4, query, key, value, cos, sin)
     yield "forward", with_peers(work, makers)
@@ -154,6 +156,7 @@ def backward(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
         )
         for backend in backends
     }
+    makers[CUDA] = lambda: gradients(lambda: lk.attention(*leaves, s, backend="cuda"))
     yield "backward", with_peers(work, makers)
 
 
@@ -170,7 +173,9 @@ def decode(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
         cache.append(key, value, backend="triton")
         work = Work(shape, {OURS: functools.partial(cache.attend, query, s, backend="triton")})
         work.read_bytes = 2.0 * shape.key_heads * shape.tokens * shape.head_dim * (1.03 if quantised else itemsize)
-        makers: dict[str, Callable[[], Call]] = {}
+        makers: dict[str, Callable[[], Call]] = {
+            CUDA: functools.partial(functools.partial, cache.attend, query, s, backend="cuda")
+        }
         if not quantised:
             turned = peers.rotated(key, cos, sin)
             one = (torch.ones_like(cos), torch.zeros_like(sin))  # a cache of rotated keys: the query's rotation is left
@@ -206,7 +211,8 @@ def rope(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
     work.read_bytes = 2.0 * (query.numel() + key.numel()) * shape.dtype.itemsize
     turned = torch.compile(peers.rotated) if device.is_gpu else peers.rotated
     makers: dict[str, Callable[[], Call]] = {
-        "torch.compile" if device.is_gpu else "torch": lambda: lambda: (turned(query, cos, sin), turned(key, cos, sin))
+        "torch.compile" if device.is_gpu else "torch": lambda: lambda: (turned(query, cos, sin), turned(key, cos, sin)),
+        CUDA: lambda: lambda: lk.apply_rope(query, key, s, backend="cuda"),
     }
     peer = with_peers(work, makers)
     uncompared(peer, "Liger, in place", lambda: peers.liger_rope(query, key, cos, sin))
@@ -327,8 +333,8 @@ def describe(device: Device) -> dict[str, object]:
     }
 
 
-def smoke(device: Device) -> int:
-    """Run every kernel once on a small shape, and hold it to the reference."""
+def smoke(device: Device, backend: str) -> float:
+    """Run every kernel of a backend once on a small shape; return the largest error against the reference."""
     tokens = 150 if device.is_gpu else 80
     shape = Shape(4, 2, 64, tokens, device.dtype)
     leaves = [x.requires_grad_() for x in operands(device, shape, shape.tokens)]
@@ -337,23 +343,42 @@ def smoke(device: Device) -> int:
     for queries in (1, 3, tokens):
         first, *others = leaves
         arguments = (first[:, :, -queries:], *others)
-        out = lk.attention(*arguments, s, backend="triton")
+        out = lk.attention(*arguments, s, backend=backend)
         exact = lk.attention(*(x.double() for x in arguments), s, backend="reference")
         worst = max(worst, float((out - exact).abs().max().detach()))
         torch.autograd.grad(out.float().square().sum(), leaves)
     cache = lk.KVCache(1, 2, 64, 256, shape.dtype, True, 64, device=device.name)
-    cache.append(leaves[1].detach(), leaves[2].detach(), backend="triton")
+    cache.append(leaves[1].detach(), leaves[2].detach(), backend=backend)
     for queries in (1, 40):
         query = leaves[0].detach()[:, :, -queries:]
-        cache.attend(query, s, backend="triton")
+        cache.attend(query, s, backend=backend)
     bounds = torch.tensor([0, 70, tokens], device=device.name)
     packed = [x.detach()[0].transpose(0, 1).contiguous().requires_grad_() for x in leaves]
-    out = lk.attention_varlen(*packed, bounds, scaling=s, backend="triton")
+    out = lk.attention_varlen(*packed, bounds, scaling=s, backend=backend)
     torch.autograd.grad(out.float().square().sum(), packed)
     if device.is_gpu:
         torch.cuda.synchronize()
-    print(f"largest error {worst:.2g}")
-    return int(not worst < 0.05)
+    return worst
+
+
+def smoke_all(device: Device) -> int:
+    """The same of every GPU backend that can run here, without a GPU in the interpreter and in the emulator."""
+    from longrope_kernels.backends import cuda, unavailable_reason
+
+    if not device.is_gpu:
+        from .layouts import emulator
+
+        cuda.emulate(emulator(), hopper=True)
+    failed = 0
+    for backend in ("triton", "cuda"):
+        why = unavailable_reason(backend)
+        if why is not None:
+            print(f"{backend}: not run, {why}")
+            continue
+        worst = smoke(device, backend)
+        failed += not worst < 0.05
+        print(f"{backend}: largest error {worst:.2g}")
+    return int(failed > 0)
 
 
 def main() -> int:
@@ -372,7 +397,7 @@ def main() -> int:
         print("bench.gpu: a dry run needs TRITON_INTERPRET=1 in the environment", file=sys.stderr)
         return 2
     if arguments.smoke:
-        return smoke(DRY if dry else GPU)
+        return smoke_all(DRY if dry else GPU)
     return run(DRY if dry else GPU, arguments.out, arguments.minutes)
 
 

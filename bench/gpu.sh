@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that a GPU is needed for, in one bounded run: environment, build, conformance, sanitizer, benchmarks.
+# Everything that a GPU is needed for, in one bounded run: environment, build, layouts, conformance, benchmarks, sanitizer.
 #
 #   bench/gpu.sh OUTDIR [--dry-run]
 #
 # A part that fails or runs out of its time does not stop the next; OUTDIR/summary.txt has a line for each, and the exit
-# status is that of the worst. --dry-run takes every step on small shapes without a GPU, in Triton's interpreter.
+# status is that of the worst. --dry-run takes every step on small shapes without a GPU, in Triton's interpreter and the
+# emulator of the CUDA kernels. OUTDIR/layouts.json is what the emulator is held to (bench/layouts.py).
 # PYTHON names the interpreter, MINUTES (20) bounds the whole.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +15,7 @@ usage() {
     exit 2
 }
 [ $# -ge 1 ] && [ $# -le 2 ] || usage
-dry=0
+dry=0 dry_flag=
 if [ $# -eq 2 ]; then
     [ "$2" = --dry-run ] || usage
     dry=1
@@ -68,7 +69,7 @@ build() {
 }
 
 conformance() {
-    "$python" -m pytest -p no:cacheprovider -q tests/test_gpu.py
+    "$python" -m pytest -p no:cacheprovider -q tests/test_gpu.py tests/test_gpu_cuda.py
 }
 
 sanitize() {
@@ -92,9 +93,11 @@ flags=(--out "$out")
 if [ "$dry" = 1 ]; then
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1 LONGROPE_KERNELS_DRY_RUN=1
     flags+=(--dry-run)
+    dry_flag=--dry-run
 fi
 shell environment 60 environment
 shell build 300 build
+part layouts 300 "$python" -m bench.layouts "$out/layouts.json" ${dry_flag:+"$dry_flag"}
 shell conformance 420 conformance
 part benchmark 600 "$python" -m bench.gpu "${flags[@]}"
 shell memcheck 180 sanitize memcheck

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "bench/gpu.sh"
-PARTS = ["environment", "build", "conformance", "benchmark", "memcheck", "synccheck", "racecheck"]
+PARTS = ["environment", "build", "layouts", "conformance", "benchmark", "memcheck", "synccheck", "racecheck"]
 
 
 def run(folder, *flags, **environment):
@@ -27,7 +27,7 @@ def run(folder, *flags, **environment):
     return done, [line.split(maxsplit=2) for line in summary.read_text().splitlines()] if summary.exists() else []
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_dry_run_takes_every_step(tmp_path):
     done, lines = run(tmp_path, "--dry-run")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,6 +35,10 @@ def test_a_dry_run_takes_every_step(tmp_path):
     for name, _, verdict in lines:
         skipped = verdict.startswith("skipped: dry run") and name in ("build", "synccheck", "racecheck")
         assert skipped or verdict == "ok", (name, verdict)
+    assert json.loads((tmp_path / "layouts.json").read_text())["device"] == "emulator"
+    smoke = (tmp_path / "memcheck.log").read_text()
+    assert "triton: largest error" in smoke
+    assert "cuda: largest error" in smoke
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert content["complete"]
     assert content["dry_run"]
@@ -44,7 +48,7 @@ def test_a_dry_run_takes_every_step(tmp_path):
         assert row["seconds"]["ours"] > 0
         assert set(row["ceilings"]) <= {"matmul", "copy"}
     peers = content["rows"][0]["seconds"].keys() | content["rows"][0]["notes"].keys()
-    assert {"SDPA flash", "SDPA cuDNN", "FlexAttention", "flash-attn-4"} <= peers
+    assert {"SDPA flash", "SDPA cuDNN", "FlexAttention", "flash-attn-4", "ours, CUDA kernels"} <= peers
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path):
@@ -52,7 +56,7 @@ def test_a_part_that_fails_stops_no_other(tmp_path):
     assert done.returncode == 1
     assert [name for name, _, _ in lines] == PARTS
     failed = {name for name, _, verdict in lines if verdict.startswith("failed (1)")}
-    assert failed == {"conformance", "benchmark", "memcheck"}
+    assert failed == {"layouts", "conformance", "benchmark", "memcheck"}
 
 
 def test_what_no_time_is_left_for_is_said(tmp_path):

@@ -3,7 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "../cuda/kernels.h"
+#include "../cuda/schedule.cuh"
 #include "arguments.h"
 
 #if !defined(__CUDACC__)
@@ -46,6 +49,40 @@ ProbeParams probe(const py::tuple& t) {
             static_cast<Dtype>(t[4].cast<int32_t>()), t[5].cast<int32_t>()};
 }
 
+// start, leading and stride bytes, swizzle, transposed.
+GroupProbe::Matrix probe_matrix(const py::tuple& t) {
+    return {t[0].cast<uint32_t>(), t[1].cast<uint32_t>(), t[2].cast<uint32_t>(), t[3].cast<int32_t>(),
+            t[4].cast<int32_t>()};
+}
+
+// Addresses of image, registers and d, left, right, columns, accumulate, dtype.
+GroupProbe group_probe(const py::tuple& t) {
+    return {pointer<void>(t[0].cast<uintptr_t>()),
+            pointer<void>(t[1].cast<uintptr_t>()),
+            pointer<float>(t[2].cast<uintptr_t>()),
+            probe_matrix(t[3].cast<py::tuple>()),
+            probe_matrix(t[4].cast<py::tuple>()),
+            t[5].cast<int32_t>(),
+            t[6].cast<int32_t>(),
+            static_cast<Dtype>(t[7].cast<int32_t>())};
+}
+
+// Address, sizes, box, strides in bytes, swizzle.
+TensorShape tensor_shape(uintptr_t data, const std::vector<uint32_t>& size, const std::vector<uint32_t>& box,
+                         const std::vector<uint64_t>& stride_bytes, int swizzle) {
+    TensorShape shape{};
+    if (size.empty() || size.size() > kMaxTensorRank || box.size() != size.size() ||
+        stride_bytes.size() + 1 != size.size())
+        throw std::invalid_argument("sizes, box and strides do not fit each other");
+    shape.data = pointer<void>(data);
+    shape.rank = static_cast<int32_t>(size.size());
+    shape.swizzle = static_cast<Swizzle>(swizzle);
+    std::copy(size.begin(), size.end(), shape.size);
+    std::copy(box.begin(), box.end(), shape.box);
+    std::copy(stride_bytes.begin(), stride_bytes.end(), shape.stride_bytes);
+    return shape;
+}
+
 }  // namespace
 }  // namespace longrope
 
@@ -62,6 +99,21 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
     });
     m.def("attention_forward_sm80", [](const py::tuple& arguments, uintptr_t stream) {
         attention_forward_sm80(attention_params(arguments), stream_of(stream));
+    });
+    m.def("attention_forward_sm90", [](const py::tuple& arguments, int64_t key_tokens, uintptr_t stream) {
+        attention_forward_sm90(attention_params(arguments), key_tokens, stream_of(stream));
+    });
+    // Pair and row block of every tile, in the order in which a block takes them.
+    m.def("schedule", [](int32_t pairs, int32_t row_blocks, int32_t section, int32_t block, int32_t blocks) {
+        const Schedule schedule{pairs, row_blocks, section};
+        std::vector<std::pair<int32_t, int32_t>> places;
+        for (int32_t round = 0; round * blocks < schedule.tiles(); ++round) {
+            const int32_t tile = Schedule::dealt(round, block, blocks);
+            if (tile >= schedule.tiles()) continue;
+            const Schedule::Place place = schedule.at(tile);
+            places.emplace_back(place.pair, place.row_block);
+        }
+        return places;
     });
     m.def("attention_decode_sm80", [](const py::tuple& arguments, const py::tuple& extra, uintptr_t stream) {
         attention_decode_sm80(attention_params(arguments), scratch(extra), stream_of(stream));
@@ -95,6 +147,15 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
           [](const py::tuple& t, uintptr_t stream) { probe_load_matrices(probe(t), stream_of(stream)); });
     m.def("probe_multiply_add",
           [](const py::tuple& t, uintptr_t stream) { probe_multiply_add(probe(t), stream_of(stream)); });
+    m.def("probe_group_multiply",
+          [](const py::tuple& t, uintptr_t stream) { probe_group_multiply(group_probe(t), stream_of(stream)); });
+    m.def("probe_copy_tensor", [](uintptr_t data, const std::vector<uint32_t>& size, const std::vector<uint32_t>& box,
+                                  const std::vector<uint64_t>& stride_bytes, int swizzle,
+                                  const std::vector<int32_t>& at, uintptr_t out, uintptr_t stream) {
+        const TensorShape shape = tensor_shape(data, size, box, stride_bytes, swizzle);
+        if (at.size() != size.size()) throw std::invalid_argument("coordinates do not fit the sizes");
+        probe_copy_tensor(shape, at.data(), pointer<void>(out), stream_of(stream));
+    });
 #if !defined(__CUDACC__)
     using emulator::Machine;
     m.def(

@@ -30,6 +30,8 @@ void prepare_keys(const AttentionParams& params, const AttentionScratch& scratch
 
 // Attention over keys that are rotated already, for the sequences of `params` with more rows than the decoder takes.
 void attention_forward_sm80(const AttentionParams& params, Stream stream);
+// The same on Hopper; `key_tokens` is how many tokens a sequence's, or a packed batch's, keys and values have room for.
+void attention_forward_sm90(const AttentionParams& params, int64_t key_tokens, Stream stream);
 
 // Attention over unrotated keys, contiguous or in a cache, for the sequences with few rows: partial results by runs of
 // keys, and their sum. Keys are split at multiples of `kSplitKeys`, by their index in the sequence.
@@ -66,5 +68,22 @@ struct ProbeParams {
 };
 void probe_load_matrices(const ProbeParams& params, Stream stream);
 void probe_multiply_add(const ProbeParams& params, Stream stream);
+
+// One product of a warpgroup (sm90/probes.cu): operands from an image of shared memory by descriptors, or A from
+// registers [128, 8] of T; accumulators [128, columns / 2] in and out.
+struct GroupProbe {
+    struct Matrix {
+        uint32_t start, leading_bytes, stride_bytes;
+        int32_t swizzle, transposed;
+    };
+    const void *image, *registers;
+    float* d;
+    Matrix left, right;
+    int32_t columns, accumulate;
+    Dtype dtype;
+};
+void probe_group_multiply(const GroupProbe& params, Stream stream);
+// The shared memory that a copy of the box at `at` fills.
+void probe_copy_tensor(const TensorShape& shape, const int32_t* at, void* out, Stream stream);
 
 }  // namespace longrope

@@ -7,45 +7,54 @@
 // global memory. `T` is the operands' type, Half or BFloat16; two of them travel in a uint32_t, the first in the low
 // half.
 //
-//   thread_index block_index lane_index warp_index block_threads
-//   load_global<V> store_global            V of 1 to 16 bytes, aligned to its size
-//   load_shared<V> store_shared            likewise
-//   copy_async<N>                          cp.async: N = 4, 8 or 16 bytes, or zeros where not valid
-//   copy_async_commit copy_async_wait<N>   wait until at most N groups are in flight; a barrier then shows them to
-//   others block_sync warp_sync                   bar.sync 0; __syncwarp named_sync named_arrive bar.sync / bar.arrive
-//   id, threads shuffle_xor shuffle any_lane           of the whole warp load_matrices load_matrices_transposed
-//   ldmatrix.x4: lane l gives the address of row l % 8 of matrix l / 8 multiply_add<T> mma.m16n8k16: d[4] += a[4] b[2],
-//   fp32 accumulators exp2_fast                              ex2.approx.ftz, 2 ulp pack<T> unpack<T> widen narrow
-//   between fp32 and T, to nearest even
+//   thread_index block_index block_count lane_index warp_index multiprocessor_count (on the host)
+//   load_global<V> store_global  V of 1 to 16 bytes, aligned to its size
+//   load_shared<V> store_shared  likewise
+//   copy_async<N>                cp.async: N = 4, 8 or 16 bytes, or zeros where not valid
+//   copy_async_commit copy_async_wait<N>
+//                                wait until at most N groups are in flight; a barrier then shows them to others
+//   block_sync warp_sync         bar.sync 0; __syncwarp
+//   named_sync named_arrive      bar.sync / bar.arrive id, threads
+//   shuffle_xor shuffle any_lane of the whole warp
+//   load_matrices load_matrices_transposed
+//                                ldmatrix.x4: lane l gives the address of row l % 8 of matrix l / 8
+//   multiply_add<T>              mma.m16n8k16: d[4] += a[4] b[2], fp32 accumulators
+//   exp2_fast                    ex2.approx.ftz, 2 ulp
+//   pack<T> unpack<T>            two T in a word
+//   widen narrow                 between fp32 and T, to nearest even
+//
+// Hopper (sm_90a) besides:
+//   mbarrier_init                arrivals that end a phase
+//   mbarrier_arrive mbarrier_expect
+//                                one arrival; the same with bytes that bulk copies are still to bring in this phase
+//   mbarrier_wait                try_wait.parity until the phase of that parity is over
+//   proxy_fence                  what the thread wrote to shared memory becomes visible to bulk copies and wgmma
+//   tensor_map copy_tensor       cp.async.bulk.tensor: a box of a tensor of 16-bit elements, zeros where it ends; the
+//                                map is made on the host and passed to the kernel by value
+//   matrix_descriptor advance    of wgmma operands in shared memory: start, leading and stride byte offsets, swizzle
+//   group_multiply_add<T, transposed>
+//                                wgmma.m64nNk16 of a warpgroup: d = a b (+ d), a in registers or shared memory, b in
+//                                shared memory, k contiguous or, transposed, n; d[j][c] is row 16 (warp % 4) + lane / 4
+//                                + 8 (c / 2) and column 8 j + 2 (lane % 4) + c % 2
+//   group_fence group_commit     wgmma.fence before products of registers that others wrote; wgmma.commit_group
+//   group_wait<N>                wait until at most N groups are in flight; names the registers that may be used then
+//   grow_registers<N> shrink_registers<N>
+//                                setmaxnreg, by all warps of a warpgroup
 #pragma once
 
-#include <cstdint>
-
-namespace longrope {
-
-struct Half {
-    uint16_t bits;
-};
-struct BFloat16Bits {
-    uint16_t bits;
-};
-
-using SharedAddress = uint32_t;  // bytes from the start of the block's shared memory
-
-struct alignas(16) Vec16 {
-    uint32_t word[4];
-};
-struct alignas(8) Vec8 {
-    uint32_t word[2];
-};
-struct Float2 {
-    float x, y;
-};
-
-}  // namespace longrope
+#include "types.cuh"
 
 #if defined(__CUDACC__)
 #include "primitives_ptx.cuh"
 #else
 #include "../emulator/primitives.h"
 #endif
+
+namespace longrope {
+
+// The same matrix from `bytes` further on.
+LONGROPE_DEVICE MatrixDescriptor advance(MatrixDescriptor descriptor, uint32_t bytes) {
+    return descriptor + (bytes >> 4);
+}
+
+}  // namespace longrope

@@ -10,6 +10,7 @@
 
 #define LONGROPE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define LONGROPE_DEVICE __device__ __forceinline__
+#define LONGROPE_GRID_CONSTANT __grid_constant__
 
 namespace longrope {
 
@@ -20,6 +21,9 @@ LONGROPE_DEVICE int thread_index() {
 }
 LONGROPE_DEVICE int64_t block_index() {
     return blockIdx.x;
+}
+LONGROPE_DEVICE int64_t block_count() {
+    return gridDim.x;
 }
 LONGROPE_DEVICE int lane_index() {
     return threadIdx.x % 32;
@@ -199,3 +203,5 @@ void launch(Kernel kernel, int64_t blocks, int threads, int shared_bytes, const 
 }
 
 }  // namespace longrope
+
+#include "primitives_hopper_ptx.cuh"

@@ -1,4 +1,4 @@
-// The queries of a block, rotated, in shared memory.
+// The queries of a block or a warpgroup, rotated, in shared memory.
 #pragma once
 
 #include "rotate.cuh"
@@ -7,7 +7,8 @@
 
 namespace longrope {
 
-// Rotates the block's queries into shared memory; rows past `count` and columns past head_dim become zeros.
+// Rotates the queries of the kThreads threads into shared memory; rows past `count` and columns past head_dim become
+// zeros.
 template <class T, int kThreads, class TileT>
 LONGROPE_DEVICE void load_queries(const AttentionParams& p, const Sequence& s, const RowMap& map, int64_t first_row,
                                   int count, TileT tile) {
@@ -20,7 +21,7 @@ LONGROPE_DEVICE void load_queries(const AttentionParams& p, const Sequence& s, c
             return GlobalRow<T>{s.query_row<T>(p.query, map.head(row), map.token(row))};
         },
         [&](int r) { return SharedRow<T, TileT>{tile, r}; });
-    for (int i = thread_index(); i < TileT::kRows * TileT::kChunks; i += kThreads) {
+    for (int i = thread_of<kThreads>(); i < TileT::kRows * TileT::kChunks; i += kThreads) {
         const int row = i / TileT::kChunks, c = i % TileT::kChunks;
         if (row >= count || c * kChunk >= head_dim) store_shared(tile.chunk(row, c), Vec16{});
     }

@@ -8,6 +8,7 @@
 #include "../core/params.h"
 #include "../core/phase.h"
 #include "rows.cuh"
+#include "tile.cuh"
 
 namespace longrope {
 
@@ -110,12 +111,12 @@ LONGROPE_DEVICE void rotate_unit(const Regime& regime, int unit, const Angles<fa
     to.store1(second, x.y);
 }
 
-// Rotates rows [0, count) by the threads of a block, in units: `position_of(r)`, `from(r)` and `to(r)` say the rest.
+// Rotates rows [0, count) by kThreads threads, in units: `position_of(r)`, `from(r)` and `to(r)` say the rest.
 template <bool kChunks, int kThreads, class PositionOf, class From, class To>
 LONGROPE_DEVICE void rotate_rows_in(const Regime& regime, int head_dim, int count, bool conjugate,
                                     const PositionOf& position_of, const From& from, const To& to) {
     const int units = regime.units<kChunks>(head_dim);
-    for (int i = thread_index(); i < count * units; i += kThreads) {
+    for (int i = thread_of<kThreads>(); i < count * units; i += kThreads) {
         const int row = i / units, unit = i % units;
         rotate_unit(regime, unit, angles_of<kChunks>(regime, unit, position_of(row), conjugate), from(row), to(row));
     }

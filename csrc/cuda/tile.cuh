@@ -5,6 +5,7 @@
 // that eight neighbouring threads write, then lie in eight different groups of banks, for any multiple of 32 columns.
 #pragma once
 
+#include "../core/host_device.h"
 #include "primitives.cuh"
 
 namespace longrope {
@@ -27,11 +28,46 @@ struct Tile {
     }
 };
 
+// A tile as Hopper's bulk copies bring it and wgmma reads it: slabs of 64 columns (128 bytes), row after row, the eight
+// chunks of a row permuted by the row (the 128-byte swizzle). `base` is a multiple of 1024.
+template <int kRowCount, int kColumns>
+struct WideTile {
+    static_assert(kColumns % 64 == 0 && kRowCount % 8 == 0, "a tile is cut into slabs of 64 columns and 8 rows");
+    static constexpr int kRows = kRowCount, kChunks = kColumns / kChunk, kSlabs = kColumns / 64;
+    static constexpr int kSlabBytes = kRowCount * 128, kBytes = kSlabs * kSlabBytes;
+
+    SharedAddress base;
+
+    LONGROPE_DEVICE SharedAddress chunk(int row, int c) const {
+        return base + c / 8 * kSlabBytes + row * 128 + ((c % 8 ^ row % 8) << 4);
+    }
+    LONGROPE_DEVICE SharedAddress element(int row, int column) const {
+        return chunk(row, column / kChunk) + column % kChunk * 2;
+    }
+
+    // The operand whose k are the columns, and how far its columns 16 step and on are.
+    LONGROPE_DEVICE MatrixDescriptor by_columns() const { return matrix_descriptor(base, 16, 1024, Swizzle::k128); }
+    static constexpr LONGROPE_HOST_DEVICE uint32_t columns_at(int step) {
+        return step / 4 * kSlabBytes + step % 4 * 32;
+    }
+    // The operand whose k are the rows ("transposed"), and how far its rows 16 step and on are.
+    LONGROPE_DEVICE MatrixDescriptor by_rows() const {
+        return matrix_descriptor(base, kSlabBytes, 1024, Swizzle::k128);
+    }
+    static constexpr LONGROPE_HOST_DEVICE uint32_t rows_at(int step) { return step * 2048; }
+};
+
+// Place of the thread among kThreads that work together: a block, a warpgroup or a warp.
+template <int kThreads>
+LONGROPE_DEVICE int thread_of() {
+    return thread_index() % kThreads;
+}
+
 // Starts copying rows [0, count) of a tile, zeros below; `row_at(r)` is where row r lies.
 template <int kThreads, class TileT, class RowAt>
 LONGROPE_DEVICE void copy_tile(TileT tile, int count, int head_dim, const RowAt& row_at) {
 #pragma unroll 4
-    for (int i = thread_index(); i < TileT::kRows * TileT::kChunks; i += kThreads) {
+    for (int i = thread_of<kThreads>(); i < TileT::kRows * TileT::kChunks; i += kThreads) {
         const int row = i / TileT::kChunks, c = i % TileT::kChunks;
         const bool valid = row < count && c * kChunk < head_dim;
         const auto* from = row_at(valid ? row : 0);

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../cuda/primitives.cuh"
+#include "../cuda/types.cuh"
 
 namespace longrope::emulator {
 

@@ -47,6 +47,7 @@ void Machine::run(int64_t blocks, int threads, int64_t shared_bytes, const std::
     const int warps = threads / kLanes;
     stacks_.reserve(threads);
     kernel_ = &kernel;
+    blocks_ = blocks;
     state_ = seed_ * 0x9e3779b97f4a7c15u + 1;
     warp_order_.resize(warps);
     std::iota(warp_order_.begin(), warp_order_.end(), 0);
@@ -79,12 +80,19 @@ void Machine::run_block() {
         warp.pending.clear();
     }
     for (Barrier& barrier : barriers_) barrier = {};
+    memory_barriers_.clear();
+    tensor_copies_.clear();
+    products_.assign(warps_.size(), {});
+    for (WarpProducts& queue : products_) queue.groups.emplace_back();
+    issues_.assign((warps_.size() + kGroupWarps - 1) / kGroupWarps, {});
+    registers_.assign(warps_.size(), std::min(kRegisters / threads / 8 * 8, 255));
     alive_ = threads;
     failure_.clear();
     shuffle_warps();
     current_ = warp_order_[0] * kLanes;
     switch_fiber(scheduler_, threads_[current_].fiber);
     current_ = -1;
+    if (failure_.empty()) check_ended();
     if (!failure_.empty()) throw Error("block " + std::to_string(block_) + ": " + failure_);
 }
 
@@ -99,6 +107,19 @@ void Machine::enter() {
         machine.failure_ = error.what();
     }
     machine.leave();
+}
+
+// What a block must not leave behind.
+void Machine::check_ended() const {
+    check_registers();
+    if (!tensor_copies_.empty())
+        throw Error(tensor_copies_[0].site.text() + ": the block ends with a bulk copy in flight");
+    for (size_t w = 0; w < products_.size(); ++w) {
+        if (products_[w].groups.size() > 1 || !products_[w].groups[0].empty())
+            throw Error("warp " + std::to_string(w) + " ends with a wgmma in flight");
+        if (products_[w].issued != issues_[w / kGroupWarps].size())
+            throw Error("warp " + std::to_string(w) + " issues fewer wgmma than its warpgroup");
+    }
 }
 
 // The current thread is over.
@@ -117,16 +138,18 @@ void Machine::leave() {
 
 // Switches to a thread that can run.
 void Machine::go_on() {
-    for (int w : warp_order_) {
-        const uint32_t ready = warps_[w].ready;
-        if (ready == 0) continue;
-        const int from = current_, to = w * kLanes + __builtin_ctz(ready);
-        if (to == from) return;
-        ++counters.switches;
-        current_ = to;
-        switch_fiber(threads_[from].fiber, threads_[to].fiber);
-        return;
-    }
+    do {
+        for (int w : warp_order_) {
+            const uint32_t ready = warps_[w].ready;
+            if (ready == 0) continue;
+            const int from = current_, to = w * kLanes + __builtin_ctz(ready);
+            if (to == from) return;
+            ++counters.switches;
+            current_ = to;
+            switch_fiber(threads_[from].fiber, threads_[to].fiber);
+            return;
+        }
+    } while (deliver());
     deadlock();
 }
 
@@ -194,9 +217,7 @@ void Machine::warp_sync(Site site) {
     collective("warp_sync", 0, ~0u, false, unused, site, [&](int**) {
         const int warp = current_ / kLanes, first = warp * kLanes;
         Clock joined;
-        for (int lane = 0; lane < kLanes; ++lane)
-            for (int w = 0; w < kMaxWarps; ++w)
-                joined.seen[w] = std::max(joined.seen[w], threads_[first + lane].clock.seen[w]);
+        for (int lane = 0; lane < kLanes; ++lane) joined.join(threads_[first + lane].clock);
         joined.seen[warp] = era++;
         for (int lane = 0; lane < kLanes; ++lane) threads_[first + lane].clock = joined;
     });
@@ -218,8 +239,7 @@ void Machine::barrier(int id, int count, bool waits, Site site) {
     barrier.lanes[warp] |= lane;
     // What a warp does after the last of its lanes has arrived is not ordered by this barrier.
     if (barrier.lanes[warp] == ~0u) barrier.arrival[warp] = era++;
-    for (int w = 0; w < kMaxWarps; ++w)
-        barrier.joined.seen[w] = std::max(barrier.joined.seen[w], threads_[current_].clock.seen[w]);
+    barrier.joined.join(threads_[current_].clock);
     if (waits) barrier.waiting.push_back(current_);
     if (++barrier.arrived < barrier.expected) {
         if (waits) wait("barrier", site);
@@ -229,8 +249,7 @@ void Machine::barrier(int id, int count, bool waits, Site site) {
         if (barrier.lanes[w] == ~0u) barrier.joined.seen[w] = std::max(barrier.joined.seen[w], barrier.arrival[w]);
     const Barrier complete = std::exchange(barrier, {});
     for (int t : complete.waiting) {
-        for (int w = 0; w < kMaxWarps; ++w)
-            threads_[t].clock.seen[w] = std::max(threads_[t].clock.seen[w], complete.joined.seen[w]);
+        threads_[t].clock.join(complete.joined);
         if (t != current_) wake(t);
     }
     shuffle_warps();

@@ -6,6 +6,8 @@
 //   barriers   named barriers with counts, as bar.sync and bar.arrive; a block that can go on nowhere is an error that
 //              tells who waits where
 //   copies     cp.async reads and lands when its group is waited for, not before, in an order that the seed varies
+//   bulk       tensor copies land when no thread can go on without them; mbarriers count arrivals and bytes (bulk.h)
+//   wgmma      reads and writes when its group is waited for (warpgroup.h)
 //   order      one warp runs as far ahead of the others as it can; which one, and the order of the blocks, the seed
 //   varies
 //
@@ -18,13 +20,16 @@
 #include <utility>
 #include <vector>
 
+#include "bulk.h"
 #include "fiber.h"
 #include "global_memory.h"
 #include "shared_memory.h"
+#include "warpgroup.h"
 
 namespace longrope::emulator {
 
 constexpr int kBarriers = 16;
+constexpr int kRegisters = 64 << 10;  // of a multiprocessor
 
 // What was counted since the last time it was asked for.
 struct Counters {
@@ -60,6 +65,7 @@ class Machine {
     int thread() const { return current_; }
     int threads() const { return static_cast<int>(threads_.size()); }
     int64_t block() const { return block_; }
+    int64_t blocks() const { return blocks_; }
 
     // Runs `body(slots)` once, when all lanes of `mask` have arrived with the same name and immediate, each with its
     // own slot. `aligned`: they must be at the same line too.
@@ -92,6 +98,19 @@ class Machine {
     void copy_async(uint32_t to, const void* from, int bytes, bool valid, Site site);
     void copy_commit();
     void copy_wait(int pending, Site site);
+
+    void memory_barrier_init(uint32_t address, int arrivals, Site site);
+    void memory_barrier_arrive(uint32_t address, int64_t expected_bytes, Site site);
+    void memory_barrier_wait(uint32_t address, uint32_t parity, Site site);
+    void tensor_load(uint32_t to, const TensorMap& map, int rank, const int32_t* at, uint32_t barrier, Site site);
+    void proxy_fence() { shared.fence_proxy(current_, era++); }
+
+    void issue_product(const LaneProduct& mine, GroupProduct& product, Site site);
+    void group_fence(Site site);
+    void group_commit(Site site);
+    void group_wait(int pending, Site site);
+    void check_landed(const float* d, int count, Site site) const;
+    void set_registers(int count, bool grow, Site site);
 
     GlobalMemory global;
     SharedMemory shared;
@@ -134,6 +153,12 @@ class Machine {
     };
 
     Accessor accessor(int thread, Site site) const { return {thread, &threads_[thread].clock, site}; }
+    MemoryBarrier& memory_barrier(uint32_t address, Site site);
+    void complete(MemoryBarrier& barrier);
+    bool deliver();
+    void finish_product(int warp, const GroupProduct& product);
+    void check_registers() const;
+    void check_ended() const;
     void** arrive(const char* name, int64_t immediate, uint32_t mask, bool aligned, void* slot, Site site);
     void release(uint32_t mask);
     void wake(int thread);
@@ -151,10 +176,15 @@ class Machine {
     std::vector<Warp> warps_;
     std::vector<int> warp_order_;
     Barrier barriers_[kBarriers];
+    std::vector<MemoryBarrier> memory_barriers_;
+    std::vector<TensorCopy> tensor_copies_;
+    std::vector<WarpProducts> products_;      // of each warp
+    std::vector<std::vector<Issue>> issues_;  // of each warpgroup
+    std::vector<int> registers_;              // of a thread of each warp
     Stacks stacks_;
     Fiber scheduler_;
     int current_ = -1, alive_ = 0;
-    int64_t block_ = 0;
+    int64_t block_ = 0, blocks_ = 0;
     uint64_t seed_ = 0, state_ = 1;
     std::string failure_;
 };

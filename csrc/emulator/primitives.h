@@ -17,6 +17,7 @@
 
 #define LONGROPE_KERNEL(threads) void
 #define LONGROPE_DEVICE inline
+#define LONGROPE_GRID_CONSTANT
 
 namespace longrope {
 
@@ -30,6 +31,9 @@ inline int thread_index() {
 }
 inline int64_t block_index() {
     return Machine::get().block();
+}
+inline int64_t block_count() {
+    return Machine::get().blocks();
 }
 inline int lane_index() {
     return thread_index() % kLanes;
@@ -229,3 +233,5 @@ void launch(Kernel kernel, int64_t blocks, int threads, int shared_bytes, const 
 }
 
 }  // namespace longrope
+
+#include "primitives_hopper.h"

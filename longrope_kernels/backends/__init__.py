@@ -13,12 +13,14 @@ import sys
 import warnings
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailableError, refuse
+from .choice import choose_backend
 
 # In the order in which they are tried for tensors of a device type; the reference runs everywhere.
-# HIP devices are "cuda" to torch. The CUDA kernels stand behind Triton's until both have been measured on a GPU.
+# HIP devices are "cuda" to torch. Of Triton's kernels and the CUDA ones, `choice.choose_backend` says which come first.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 NAMES = ("reference", "cpu", "triton", "cuda")
 
@@ -54,7 +56,7 @@ def pick(op: str, query: Tensor, backend: str | None) -> ModuleType:
             refuse("backend", repr(backend), f"one that can run {op} here: {reason}", BackendUnavailableError)
         return module
     reasons: list[str] = []
-    for name in PREFERENCE.get(query.device.type, ("reference",)):
+    for name in preference(op, query):
         module = load(name)
         reason = _refusal(module, op, query)
         if reason is None:
@@ -64,6 +66,17 @@ def pick(op: str, query: Tensor, backend: str | None) -> ModuleType:
             return module
         reasons.append(f"{name}: {reason}")
     raise BackendUnavailableError("; ".join(reasons))
+
+
+def preference(op: str, query: Tensor) -> tuple[str, ...]:
+    """Return the backends for an op on `query`, in the order in which they are tried."""
+    names = PREFERENCE.get(query.device.type, ("reference",))
+    if query.device.type != "cuda" or torch.version.hip:
+        return names
+    architecture = torch.cuda.get_device_capability(query.device)
+    tokens = query.shape[0] if op.startswith("attention_varlen") else query.shape[-2]
+    first = choose_backend(op, architecture, query.shape[-1], query.dtype, tokens)
+    return (first, *(name for name in names if name != first))
 
 
 def _refusal(module: ModuleType, op: str, query: Tensor) -> str | None:

@@ -22,6 +22,7 @@ NAME = "cuda"
 DECODE_ROWS = 16  # query heads of a key head times tokens, up to which a sequence goes to the split-key kernel
 _Scratch = tuple[Tensor, tuple[int, int, int, int]]  # and how the native module addresses it
 _native: ModuleType | None = None
+_emulated_hopper = False
 _import_error = ""
 try:
     _native = importlib.import_module("longrope_kernels._cuda")
@@ -29,11 +30,16 @@ except ImportError as error:
     _import_error = str(error)
 
 
-def emulate(module: ModuleType | None) -> ModuleType | None:
-    """Run kernels from `module` from now on; return the one before."""
-    global _native
-    before, _native = _native, module
+def emulate(module: ModuleType | None, hopper: bool = False) -> ModuleType | None:
+    """Run kernels from `module` from now on, where there is a choice those of Hopper; return the module before."""
+    global _native, _emulated_hopper
+    before, _native, _emulated_hopper = _native, module, hopper
     return before
+
+
+def runs_hopper_kernels(device: torch.device) -> bool:
+    """Return whether kernels of sm_90a run on a device: on capability 9.0, and nowhere else."""
+    return _emulated_hopper if _emulated() else torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def unavailable_reason() -> str | None:
@@ -95,7 +101,7 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, rotation: Rotation, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
     """Fused rotation and attention: out like query, and lse float32[B, Hq, Tq]."""
-    query, key, value = (_aligned(x) for x in (query, key, value))
+    query, key, value = _aligned(query), _aligned(key), _bulk_readable(_aligned(value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
@@ -107,7 +113,7 @@ def attention(
         call.decode(rows, key.shape[2])
     else:
         scratch = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-        call.prefill((scratch, native.operand(scratch)), None, key.shape[2])
+        call.prefill((scratch, native.operand(scratch)), None, key.shape[2], key.shape[2])
     return out, lse
 
 
@@ -161,7 +167,7 @@ def attention_varlen(
 
     Each sequence goes to the kernel that it would go to alone.
     """
-    query, key, value = (_aligned(x) for x in (query, key, value))
+    query, key, value = _aligned(query), _aligned(key), _bulk_readable(_aligned(value), token_dim=0)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
@@ -175,7 +181,7 @@ def attention_varlen(
         call.decode(int(rows[few].max()), int(key_length[few].max()))
     if bool((rows > DECODE_ROWS).any()):
         scratch = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-        call.prefill((scratch, native.packed_operand(scratch)), None, int(key_length.max()))
+        call.prefill((scratch, native.packed_operand(scratch)), None, int(key_length.max()), key.shape[0])
     return out, lse
 
 
@@ -197,7 +203,7 @@ def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: G
         return out, lse
     shape = (query.shape[0], pages.key.shape[1], int(pages.length.max()), query.shape[3])
     key, value = (torch.empty(shape, dtype=query.dtype, device=query.device) for _ in range(2))
-    call.prefill((key, native.operand(key)), (value, native.operand(value)), shape[2])
+    call.prefill((key, native.operand(key)), (value, native.operand(value)), shape[2], shape[2])
     return out, lse
 
 
@@ -215,8 +221,13 @@ class _Attention:
     def __init__(self, arguments: tuple[Any, ...], reads: list[Tensor], writes: list[Tensor]) -> None:
         self.arguments, self.reads, self.writes = arguments, reads, writes
 
-    def prefill(self, key: _Scratch, value: _Scratch | None, key_tokens: int) -> None:
-        """Rotate the keys into scratch memory, gather the values of a cache there, and attend to them."""
+    def prefill(self, key: _Scratch, value: _Scratch | None, key_tokens: int, key_slots: int) -> None:
+        """Rotate the keys into scratch memory, gather the values of a cache there, and attend to them.
+
+        Args:
+            key_tokens: of the longest sequence.
+            key_slots: tokens of the operands, which are those of all sequences where they are packed.
+        """
         _, key_operand = key
         value_operand = (0, 0, 0, 0) if value is None else value[1]
         extra = (key_operand, value_operand, key_tokens, 0, 0, 0, 0)
@@ -225,7 +236,11 @@ class _Attention:
         query, _, old_value, out, lse, tables, *rest = self.arguments
         rest[0] = ()  # no pages any more
         rotated = (query, key_operand, old_value if value is None else value_operand, out, lse, tables, *rest)
-        _call("attention_forward_sm80", (rotated,), [*self.reads, *scratch], self.writes)
+        reads = [*self.reads, *scratch]
+        if runs_hopper_kernels(key[0].device) and key_slots > 0:
+            _call("attention_forward_sm90", (rotated, key_slots), reads, self.writes)
+        else:
+            _call("attention_forward_sm80", (rotated,), reads, self.writes)
 
     def decode(self, rows: int, key_tokens: int) -> None:
         """Attend by runs of keys where they lie, and add the partial results."""
@@ -358,3 +373,14 @@ def _aligned(x: Tensor) -> Tensor:
     if x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps[:-1]) and x.stride(-1) == 1:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _bulk_readable(x: Tensor, token_dim: int = -2) -> Tensor:
+    """Return x with strides that Hopper's bulk copies take, below 2^40 bytes and of tokens not 0: itself, or a copy."""
+    if not runs_hopper_kernels(x.device):
+        return x
+    steps = [step for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
+    expanded = x.shape[token_dim] > 1 and x.stride(token_dim) == 0
+    if expanded or any(step * x.element_size() >= 1 << 40 for step in steps):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x

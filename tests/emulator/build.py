@@ -39,10 +39,11 @@ def module(changes: dict[str, str] | None = None) -> ModuleType:
     return _load("_emulator", sources, changes or {})
 
 
-def misuse() -> ModuleType:
-    """Build and load the kernels of misuse.cu, each with one mistake."""
-    here = Path(__file__).resolve().parent / "misuse.cu"
-    return _load("_misuse", [here, *sorted((CSRC / "emulator").glob("*.cpp"))], {})
+def misuse(of: str = "") -> ModuleType:
+    """Build and load the kernels of misuse.cu, or misuse_`of`.cu, each with one mistake."""
+    name = f"misuse_{of}" if of else "misuse"
+    here = Path(__file__).resolve().parent / f"{name}.cu"
+    return _load(f"_{name}", [here, *sorted((CSRC / "emulator").glob("*.cpp"))], {})
 
 
 def _load(name: str, sources: list[Path], changes: dict[str, str]) -> ModuleType:

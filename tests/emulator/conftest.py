@@ -21,3 +21,12 @@ def emulated(emulator):
     emulator.seed(0)
     yield emulator
     cuda.emulate(before)
+
+
+@pytest.fixture
+def hopper(emulator):
+    """The same on a Hopper GPU: its own kernels where there are some."""
+    before = cuda.emulate(emulator, hopper=True)
+    emulator.seed(0)
+    yield emulator
+    cuda.emulate(before)

@@ -110,6 +110,7 @@ def test_what_there_are_no_kernels_for_is_refused(emulated, head_dim, dtype, rea
 FORWARD = "cuda/sm80/attention_forward.cu"
 DECODE = "cuda/sm80/attention_decode.cu"
 BACKWARD = "cuda/sm80/attention_backward.cu"
+OUTPUT = "cuda/output.cuh"
 PLANTED = {
     "no wait for the keys": (FORWARD, "copy_async_wait<0>();", "", 0, "in flight"),
     "no wait for the values": (FORWARD, "copy_async_wait<0>();", "", 1, "in flight"),
@@ -127,7 +128,7 @@ PLANTED = {
         0,
         "race|in flight|nothing",
     ),
-    "no barrier before the rows are stored": (FORWARD, "warp_sync();", "", 0, "race|nothing wrote"),
+    "no barrier before the rows are stored": (OUTPUT, "warp_sync();", "", 0, "race|nothing wrote"),
     "decode: no wait for the stage": (DECODE, "copy_async_wait<1>();", "copy_async_wait<2>();", 0, "in flight"),
     "decode: no barrier after the wait": (
         DECODE,
@@ -179,9 +180,9 @@ PLANTED = {
     ),
     "a tail that is one row too long": ("cuda/tile.cuh", "row < count &&", "row <= count &&", 0, "out of bounds"),
     "queries one row too many": (
-        FORWARD,
-        "if (tile_row < count)",
-        "if (tile_row <= count)",
+        OUTPUT,
+        "if (of_tile < count)",
+        "if (of_tile <= count)",
         0,
         "out of bounds|wrong result",
     ),

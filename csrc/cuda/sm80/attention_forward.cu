@@ -19,6 +19,7 @@
 // A row's bits depend on its own interval of keys alone: tiles are counted from a sequence's first key, and a tile of
 // which a row sees nothing multiplies its sums by 1 and adds 0.
 #include "../kernels.h"
+#include "../output.cuh"
 #include "../queries.cuh"
 #include "../softmax.cuh"
 
@@ -64,8 +65,8 @@ struct Work {
     }
 };
 
-// Normalises and stores the block's rows, by way of each warp's own rows of the query tile, so that they leave in
-// 16-byte pieces. What it needs to know is worked out anew: registers are short in the loop before.
+// Stores the block's rows by way of each warp's own rows of the query tile. What it needs to know is worked out anew:
+// registers are short in the loop before.
 template <class T, class S>
 LONGROPE_DEVICE void store_rows(const AttentionParams& p, float (&out)[S::kRowTiles][2 * S::kSteps][4],
                                 const float (&top)[S::kRowTiles][2], const float (&total)[S::kRowTiles][2]) {
@@ -73,32 +74,10 @@ LONGROPE_DEVICE void store_rows(const AttentionParams& p, float (&out)[S::kRowTi
     const Sequence s(p, work.b);
     const RowMap map(p, work.key_head);
     const int count = work.count(s, map), warp_row = warp_index() * 16 * S::kRowTiles;
-    const typename S::QueryTile tile{0};
 #pragma unroll
     for (int i = 0; i < S::kRowTiles; ++i)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int tile_row = warp_row + 16 * i + 8 * r + lane_index() / 4;
-            const float sum = quad_sum(total[i][r]);
-            const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-#pragma unroll
-            for (int n = 0; n < 2 * S::kSteps; ++n)
-                store_shared(tile.element(tile_row, 8 * n + lane_index() % 4 * 2),
-                             pack<T>(out[i][n][2 * r] * inverse, out[i][n][2 * r + 1] * inverse));
-            const int64_t row = work.first_row + tile_row;
-            if (tile_row < count && lane_index() % 4 == 0)
-                store_global(s.lse(p, map.head(row), map.token(row)),
-                             sum > 0.0f ? (top[i][r] + log2f(sum)) * kLn2 : -infinity());
-        }
-    warp_sync();
-    const int chunks = static_cast<int>(p.head_dim) / kChunk;
-    for (int i = lane_index(); i < 16 * S::kRowTiles * chunks; i += 32) {
-        const int tile_row = warp_row + i / chunks, c = i % chunks;
-        const int64_t row = work.first_row + tile_row;
-        if (tile_row < count)
-            GlobalRow<T>{s.query_row<T>(p.out, map.head(row), map.token(row))}.store16(
-                c, load_shared<Vec16>(tile.chunk(tile_row, c)));
-    }
+        store_16_rows<T>(p, s, map, work.first_row, count, typename S::QueryTile{0}, warp_row + 16 * i, out[i], top[i],
+                         total[i]);
 }
 
 template <class T, int kHeadDim>

@@ -1,0 +1,364 @@
+// Attention forward for Hopper: bulk copies, wgmma, a producer and two consumer warpgroups; the sums of
+// sm80/attention_forward.cu.
+//
+// The grid is persistent (schedule.cuh). A block takes 128 rows of one (sequence, key head). Its producer warp keeps
+// two stages of keys and values coming, by bulk copies that land swizzled; keys were rotated before (prepare_keys).
+// Each consumer rotates its 64 queries into shared memory and walks the tiles:
+//
+//     consumer 0   S(i) = q k(i) | O += P v(i-1) |        softmax of S(i)       |
+//     consumer 1                                 | S(i) = q k(i) | O += P v(i-1) |      softmax of S(i)
+//
+// Both products of a step are issued together and in turn (named barriers), so that one group's softmax runs under the
+// other's products, and under its own product with the values. P stays in registers, as the left operand of that
+// product.
+//
+// Operations at head_dim 128, for a tile of 128 rows and 128 keys: 4 x 128 x 128 x 128 on the tensor cores, at 4,096 a
+// cycle and multiprocessor 2,048 cycles; 16,384 exp2, at 16 a cycle 1,024; about 10 fp32 instructions a score, 1,280 at
+// 128 a cycle. Bytes: 64 KB of keys and values from L2 a tile. wgmma reads its right operand once a warpgroup and 64
+// rows, and q besides. Bound by the tensor cores where the softmax stays hidden; at head_dim 64 exp2 takes as long as
+// they do (1,024 cycles each).
+//
+// A row's bits depend on its own interval of keys alone, as in sm80/attention_forward.cu. Values past a sequence's end
+// would reach it as 0 x NaN, and there the next sequence of the batch begins: the last tile of values is copied row by
+// row, with zeros from its end on.
+#include "../kernels.h"
+#include "../output.cuh"
+#include "../queries.cuh"
+#include "../schedule.cuh"
+#include "../softmax.cuh"
+
+namespace longrope {
+namespace {
+
+constexpr int kGroups = 2, kGroupThreads = 128, kGroupRows = 64, kRows = kGroups * kGroupRows;
+constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+// Together the 504 that 384 threads begin with.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+// Named barriers, one of each kind for a consumer group.
+constexpr int kTurn = 1, kOwn = 1 + kGroups;
+constexpr int kSectionBytes = 24 << 20;  // half of the L2
+
+template <int kHeadDim>
+struct Shape {
+    static constexpr int kKeys = kHeadDim <= 128 ? 128 : 64, kStages = 2;
+    static constexpr int kSteps = kHeadDim / 16, kKeySteps = kKeys / 16;
+    static constexpr int kColumns = (kHeadDim + 63) / 64 * 64;
+    using QueryTile = WideTile<kGroupRows, kColumns>;
+    using KeyTile = WideTile<kKeys, kColumns>;
+    static constexpr int kKeysAt = kGroups * QueryTile::kBytes, kValuesAt = kKeysAt + kStages * KeyTile::kBytes;
+    static constexpr int kBarriersAt = kValuesAt + kStages * KeyTile::kBytes;
+    static constexpr int kSharedBytes = kBarriersAt + 4 * kStages * 8;
+    static_assert(kSharedBytes <= 227 << 10, "the tiles do not fit a multiprocessor");
+
+    LONGROPE_DEVICE static QueryTile queries(int group) { return {group * QueryTile::kBytes + 0u}; }
+};
+
+// One operand's stages: the tiles, and an mbarrier for a stage that is full and one for a stage that is free.
+template <class TileT, int kStages>
+struct Ring {
+    SharedAddress tiles, barriers;
+
+    LONGROPE_DEVICE static int stage(int count) { return count % kStages; }
+    LONGROPE_DEVICE static uint32_t parity(int count) { return count / kStages & 1; }
+    LONGROPE_DEVICE TileT tile(int count) const { return {tiles + stage(count) * TileT::kBytes}; }
+    LONGROPE_DEVICE SharedAddress full(int count) const { return barriers + 16 * stage(count); }
+    LONGROPE_DEVICE SharedAddress free(int count) const { return full(count) + 8; }
+
+    LONGROPE_DEVICE void begin() const {
+        for (int i = 0; i < kStages; ++i) {
+            mbarrier_init(full(i), 1);
+            mbarrier_init(free(i), kGroups * kGroupThreads / 32);
+        }
+    }
+    LONGROPE_DEVICE void wait_full(int count) const { mbarrier_wait(full(count), parity(count)); }
+    LONGROPE_DEVICE void wait_free(int count) const { mbarrier_wait(free(count), parity(count) ^ 1); }
+    // The warp has done with the tile.
+    LONGROPE_DEVICE void release(int count) const {
+        warp_sync();
+        if (lane_index() == 0) mbarrier_arrive(free(count));
+    }
+};
+
+template <class S>
+struct Rings {
+    using Of = Ring<typename S::KeyTile, S::kStages>;
+    Of keys{S::kKeysAt, S::kBarriersAt}, values{S::kValuesAt, S::kBarriersAt + 16 * S::kStages};
+};
+
+struct ForwardLaunch {
+    TensorMap keys, values;  // [batch, key_heads, tokens, head_dim]; dimensions of stride 0 have one element
+    AttentionParams params;
+    Schedule schedule;
+};
+
+// What a block works on in a round.
+template <class S>
+struct Work {
+    int64_t key_head;
+    Sequence s;
+    RowMap map;
+    int64_t first_row;  // of the sequence's rows
+    int64_t count;      // rows that exist, none or less: nothing to do
+
+    LONGROPE_DEVICE Work(const AttentionParams& p, const Schedule::Place& place)
+        : key_head(place.pair % p.key_heads),
+          s(p, place.pair / p.key_heads),
+          map(p, key_head),
+          first_row(place.row_block * kRows),
+          count(s.query_count * map.group - first_row) {
+        if (count > kRows) count = kRows;
+        if (decodes(p, s)) count = 0;
+    }
+    LONGROPE_DEVICE int rows_of(int group) const {
+        const int64_t left = count - group * kGroupRows;
+        return static_cast<int>(left < 0 ? 0 : left < kGroupRows ? left : kGroupRows);
+    }
+    // Keys that any of the rows sees, from a multiple of the tile on.
+    LONGROPE_DEVICE Interval keys(const AttentionParams& p) const {
+        if (count <= 0) return {0, 0};
+        const Interval first = s.visible(p, map.token(first_row)),
+                       last = s.visible(p, map.token(first_row + count - 1));
+        return {first.low / S::kKeys * S::kKeys, last.high < s.key_length ? last.high : s.key_length};
+    }
+};
+
+// Calls `visit(tile)` for each of the block's tiles of the schedule.
+template <class Visit>
+LONGROPE_DEVICE void each_tile(const ForwardLaunch& launch, const Visit& visit) {
+    const int32_t blocks = static_cast<int32_t>(block_count());
+    for (int32_t round = 0; round * blocks < launch.schedule.tiles(); ++round) {
+        const int32_t tile = Schedule::dealt(round, static_cast<int32_t>(block_index()), blocks);
+        if (tile < launch.schedule.tiles()) visit(tile);
+    }
+}
+
+// Where a tile of keys or values begins in its tensor map.
+template <class S, class TileT>
+LONGROPE_DEVICE void copy_bulk(const TensorMap& map, const Operand& from, const Work<S>& work, int first, TileT to,
+                               SharedAddress full) {
+    const int32_t token = static_cast<int32_t>(work.s.key_start) + first;
+    const int32_t head = from.head_stride == 0 ? 0 : static_cast<int32_t>(work.key_head);
+    const int32_t b = from.batch_stride == 0 ? 0 : static_cast<int32_t>(work.s.b);
+    mbarrier_expect(full, TileT::kBytes);
+#pragma unroll
+    for (int slab = 0; slab < TileT::kSlabs; ++slab)
+        copy_tensor<4>(to.base + slab * TileT::kSlabBytes, map, {64 * slab, token, head, b}, full);
+}
+
+template <class T, class S>
+LONGROPE_DEVICE void produce(const ForwardLaunch& launch) {
+    const AttentionParams& p = launch.params;
+    const Rings<S> rings;
+    int count = 0;  // of tiles so far
+    each_tile(launch, [&](int32_t tile) {
+        const Work<S> work(p, launch.schedule.at(tile));
+        const Interval keys = work.keys(p);
+        for (int64_t first = keys.low; first < keys.high; first += S::kKeys, ++count) {
+            rings.keys.wait_free(count);
+            if (lane_index() == 0)
+                copy_bulk(launch.keys, p.key, work, static_cast<int>(first), rings.keys.tile(count),
+                          rings.keys.full(count));
+            rings.values.wait_free(count);
+            const auto to = rings.values.tile(count);
+            const int64_t left = work.s.key_length - first;
+            if (left < S::kKeys) {
+                const T* base = row_of<T>(p.value, work.s.b, work.key_head, work.s.key_start + first);
+                copy_tile<32>(to, static_cast<int>(left), static_cast<int>(p.head_dim),
+                              [&](int r) { return base + r * p.value.token_stride; });
+                copy_async_commit();
+                copy_async_wait<0>();
+                proxy_fence();
+                warp_sync();
+                if (lane_index() == 0) mbarrier_arrive(rings.values.full(count));
+            } else if (lane_index() == 0) {
+                copy_bulk(launch.values, p.value, work, static_cast<int>(first), to, rings.values.full(count));
+            }
+        }
+    });
+}
+
+template <class T, int kHeadDim>
+LONGROPE_DEVICE void consume(const ForwardLaunch& launch, int group) {
+    using S = Shape<kHeadDim>;
+    constexpr int kKeys = S::kKeys, kKeySteps = S::kKeySteps;
+    const AttentionParams& p = launch.params;
+    const Rings<S> rings;
+    const typename S::QueryTile queries = S::queries(group);
+    const auto wait_for_turn = [&] { named_sync(kTurn + group, kGroups * kGroupThreads); };
+    const auto give_turn = [&] { named_arrive(kTurn + 1 - group, kGroups * kGroupThreads); };
+    const auto group_sync = [&] { named_sync(kOwn + group, kGroupThreads); };
+    const int warp_row = warp_index() % 4 * 16;
+    const ScoreScale scale(p.scale, p.softcap);
+    if (group == 1) give_turn();
+    int count = 0;  // of tiles so far
+
+    each_tile(launch, [&](int32_t tile) {
+        // Keys that the group visits, those that every row of it sees, and those that the thread's two rows see.
+        int first, end, whole_begin = 0, whole_end = 0, low[2], high[2];
+        {
+            const Work<S> work(p, launch.schedule.at(tile));
+            if (work.count <= 0) return;
+            const int64_t group_row = work.first_row + group * kGroupRows;
+            const int rows = work.rows_of(group);
+            const Interval keys = work.keys(p);
+            first = static_cast<int>(keys.low);
+            end = static_cast<int>(keys.high);
+            if (rows == kGroupRows) {
+                whole_begin = static_cast<int>(work.s.visible(p, work.map.token(group_row + kGroupRows - 1)).low);
+                whole_end = static_cast<int>(work.s.visible(p, work.map.token(group_row)).high);
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int row = warp_row + 8 * r + lane_index() / 4;
+                const Interval seen = row < rows ? work.s.visible(p, work.map.token(group_row + row)) : Interval{0, 0};
+                low[r] = static_cast<int>(seen.low);
+                high[r] = static_cast<int>(seen.high);
+            }
+            group_sync();  // the rows of the tile before have left the query tile
+            load_queries<T, kGroupThreads>(p, work.s, work.map, group_row, rows, queries);
+            proxy_fence();  // and the barrier of the first turn shows them to the group
+        }
+
+        float scores[kKeys / 8][4], out[kHeadDim / 8][4] = {};
+        uint32_t weights[kKeySteps][4];
+        float top[2] = {-infinity(), -infinity()}, total[2] = {}, keep[2];
+        const auto multiply_keys = [&](int at) {
+            const MatrixDescriptor q = queries.by_columns(), k = rings.keys.tile(at).by_columns();
+#pragma unroll
+            for (int step = 0; step < S::kSteps; ++step)
+                group_multiply_add<T>(scores, advance(q, S::QueryTile::columns_at(step)),
+                                      advance(k, S::KeyTile::columns_at(step)), step > 0);
+            group_commit();
+        };
+        const auto multiply_values = [&](int at) {
+            const MatrixDescriptor v = rings.values.tile(at).by_rows();
+#pragma unroll
+            for (int j = 0; j < kKeySteps; ++j)
+                group_multiply_add<T, true>(out, weights[j], advance(v, S::KeyTile::rows_at(j)), true);
+            group_commit();
+        };
+        const auto softmax = [&](int first) {
+            if (scale.capped()) cap_scores(scores, scale);
+            if (first < whole_begin || first + kKeys > whole_end)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) mask_scores(scores, r, low[r] - first, high[r] - first);
+            softmax_step(scores, scale, top, total, keep);
+        };
+        const auto pack_weights = [&] {
+#pragma unroll
+            for (int j = 0; j < kKeySteps; ++j) probabilities_left<T>(weights[j], scores[2 * j], scores[2 * j + 1]);
+        };
+
+        if (first < end) {
+            rings.keys.wait_full(count);
+            wait_for_turn();
+            group_fence();
+            multiply_keys(count);
+            give_turn();
+            group_wait<0>(scores);
+            rings.keys.release(count);
+            softmax(first);
+            pack_weights();
+            for (first += kKeys, ++count; first < end; first += kKeys, ++count) {
+                rings.keys.wait_full(count);
+                rings.values.wait_full(count - 1);
+                wait_for_turn();
+                group_fence();
+                multiply_keys(count);
+                multiply_values(count - 1);
+                give_turn();
+                group_wait<1>(scores);
+                rings.keys.release(count);
+                softmax(first);
+                group_wait<0>(out, weights);
+                rings.values.release(count - 1);
+#pragma unroll
+                for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) out[n][c] *= keep[c / 2];
+                pack_weights();
+            }
+            rings.values.wait_full(count - 1);
+            group_fence();
+            multiply_values(count - 1);
+            group_wait<0>(out, weights);
+            rings.values.release(count - 1);
+        }
+        group_sync();  // no warp of the group reads the query tile any more
+        // Worked out anew: registers are short in the loop before.
+        const Work<S> work(p, launch.schedule.at(tile));
+        store_16_rows<T>(p, work.s, work.map, work.first_row + group * kGroupRows, work.rows_of(group), queries,
+                         warp_row, out, top, total);
+    });
+}
+
+template <class T, int kHeadDim>
+LONGROPE_KERNEL(kThreads)
+attention_forward_sm90_kernel(const LONGROPE_GRID_CONSTANT ForwardLaunch launch) {
+    using S = Shape<kHeadDim>;
+    const Rings<S> rings;
+    if (thread_index() == 0) {
+        rings.keys.begin();
+        rings.values.begin();
+        proxy_fence();
+    }
+    block_sync();
+    const int group = warp_index() / 4 - 1;
+    if (group < 0) {
+        shrink_registers<kProducerRegisters>();
+        if (warp_index() == 0) produce<T, S>(launch);
+    } else {
+        grow_registers<kConsumerRegisters>();
+        consume<T, kHeadDim>(launch, group);
+    }
+}
+
+// The tensor map of an operand [batch, key_heads, tokens, head_dim] in boxes of a tile's slabs. Dimensions of stride 0
+// (packed sequences, expanded tensors) are those of one element.
+TensorMap map_of(const Operand& x, const AttentionParams& p, int64_t tokens, int keys) {
+    const auto extent = [](int64_t n, int64_t stride) { return static_cast<uint32_t>(stride == 0 ? 1 : n); };
+    const auto bytes = [&](uint32_t n, int64_t stride) {
+        return static_cast<uint64_t>(n == 1 ? (p.head_dim + 7) / 8 * 8 : stride) * 2;
+    };
+    const uint32_t heads = extent(p.key_heads, x.head_stride), batch = extent(p.batch, x.batch_stride);
+    const uint32_t rows = static_cast<uint32_t>(tokens);
+    return tensor_map({x.data,
+                       4,
+                       Swizzle::k128,
+                       {static_cast<uint32_t>(p.head_dim), rows, heads, batch},
+                       {64, static_cast<uint32_t>(keys), 1, 1},
+                       {bytes(rows, x.token_stride), bytes(heads, x.head_stride), bytes(batch, x.batch_stride)}});
+}
+
+template <class T, int kHeadDim>
+void run(const AttentionParams& p, int64_t key_tokens, Stream stream) {
+    using S = Shape<kHeadDim>;
+    const int64_t rows = p.query_tokens * (p.query_heads / p.key_heads);
+    const int64_t pairs = p.batch * p.key_heads, row_blocks = (rows + kRows - 1) / kRows;
+    if (pairs * row_blocks >= 1 << 30) throw std::runtime_error("a schedule of 2^30 tiles or more");
+    const int64_t section = kSectionBytes / (key_tokens * p.head_dim * 4 + 1) + 1;
+    const Schedule schedule{static_cast<int32_t>(pairs), static_cast<int32_t>(row_blocks),
+                            static_cast<int32_t>(section < pairs ? section : pairs)};
+    const int blocks = multiprocessor_count() < schedule.tiles() ? multiprocessor_count() : schedule.tiles();
+    if (blocks == 0) return;
+    const ForwardLaunch forward{map_of(p.key, p, key_tokens, S::kKeys), map_of(p.value, p, key_tokens, S::kKeys), p,
+                                schedule};
+    launch(attention_forward_sm90_kernel<T, kHeadDim>, blocks, kThreads, S::kSharedBytes, forward, stream);
+}
+
+template <class T>
+void run_of_width(const AttentionParams& p, int64_t key_tokens, Stream stream) {
+    if (p.head_dim <= 64) return run<T, 64>(p, key_tokens, stream);
+    if (p.head_dim <= 96) return run<T, 96>(p, key_tokens, stream);
+    if (p.head_dim <= 128) return run<T, 128>(p, key_tokens, stream);
+    return run<T, 256>(p, key_tokens, stream);
+}
+
+}  // namespace
+
+void attention_forward_sm90(const AttentionParams& params, int64_t key_tokens, Stream stream) {
+    if (params.dtype == Dtype::kFloat16) return run_of_width<Half>(params, key_tokens, stream);
+    run_of_width<BFloat16Bits>(params, key_tokens, stream);
+}
+
+}  // namespace longrope

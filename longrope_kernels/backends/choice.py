@@ -1,0 +1,48 @@
+"""Which of the two GPU backends comes first: a pure function of the problem, over a table of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Faster:
+    """Where the CUDA kernels of an op beat Triton's on an architecture, as `bench/gpu.sh` measured it.
+
+    Args:
+        head_dims: of these, and of what lies between them.
+        query_tokens: from so many a sequence on.
+    """
+
+    head_dims: tuple[int, ...]
+    query_tokens: int
+
+
+# By op and compute capability. A line enters with the result in bench/results that it comes from; so far there is none.
+MEASURED: Mapping[tuple[str, tuple[int, int]], Faster] = {}
+
+
+def choose_backend(
+    op: str,
+    architecture: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    query_tokens: int,
+    measured: Mapping[tuple[str, tuple[int, int]], Faster] = MEASURED,
+) -> str:
+    """Return "cuda" where its kernels were measured to be the faster ones, "triton" everywhere else.
+
+    Args:
+        op: the name of an op.
+        architecture: compute capability, (9, 0) for Hopper.
+        query_tokens: of a sequence (of all of them where they are packed).
+        measured: what to go by.
+    """
+    found = measured.get((op, architecture))
+    if found is None or dtype not in (torch.float16, torch.bfloat16):
+        return "triton"
+    within = min(found.head_dims) <= head_dim <= max(found.head_dims)
+    return "cuda" if within and query_tokens >= found.query_tokens else "triton"
