@@ -61,7 +61,7 @@ def say_stages(context: Context, budget: Budget) -> dict[str, Any]:
     needs = {stage.name: forward_bytes(loaded, stage.length) for stage in stages}
     room = available_bytes(weight_bytes(loaded))
     check_memory(context.original_length, loaded, [(stage, needs[stage.name]) for stage in stages], room)
-    pace = measure_pace(loaded, min(context.original_length, 4096) // 4)
+    pace = measure_pace(loaded, target)
     notes = [] if budget.seconds is None else [f"the search stops after {clock(budget.seconds)} of forwards"]
     plan = make_plan(context.original_length, target, stages, needs, pace, notes)
     say_plan(plan)

@@ -18,6 +18,7 @@ from .models import LoadedModel
 from .progress import clock, console, say, waiting
 
 TRAINING_FORWARDS = 4  # a step costs its forward, the forward again (checkpointing), and a backward of twice that
+SHORTEST_TIMED, ENOUGH_SECONDS = 512, 2.0
 GIB = 2**30
 
 
@@ -65,19 +66,28 @@ class Pace:
         return length * (self.linear + self.square * length)
 
 
-def measure_pace(loaded: LoadedModel, length: int) -> Pace:
-    """Time forwards of `length` and of four times as many random tokens, the second of two each."""
+def measure_pace(loaded: LoadedModel, longest: int) -> Pace:
+    """Time forwards of random tokens, each four times as long as the last, until one takes two seconds or is `longest`.
+
+    A pace taken far below the lengths it is asked for would miss attention's share, which shows at long ones alone.
+    """
     vocabulary = loaded.model.config.get_text_config().vocab_size
-    found = []
-    with waiting("timing two forwards"):
-        for tokens in (length, 4 * length):
-            ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
-            for _ in range(2):
-                began = time.monotonic()
-                token_nll(loaded.model, ids.to(loaded.model.device))
-                seconds = time.monotonic() - began
-            found.append((tokens, seconds))
-    return Pace.through(*found)
+    device = loaded.model.device
+
+    def seconds(tokens: int) -> float:
+        ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).to(device)
+        began = time.monotonic()
+        token_nll(loaded.model, ids)
+        return time.monotonic() - began
+
+    with waiting("timing some forwards"):
+        length = min(SHORTEST_TIMED, max(longest // 4, 2))
+        seconds(length)  # the first forward of a process allocates, and compiles on a GPU
+        found = [(length, seconds(length))]
+        while len(found) < 2 or (found[-1][1] < ENOUGH_SECONDS and 4 * length <= longest):
+            length *= 4
+            found.append((length, seconds(length)))
+    return Pace.through(*found[-2:])
 
 
 def weight_bytes(loaded: LoadedModel) -> int:

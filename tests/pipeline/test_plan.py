@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from longrope import plan
 from longrope.errors import UsageError
@@ -87,3 +88,22 @@ def test_tune_is_parsed() -> None:
 def test_tune_that_does_not_parse_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--tune"):
         parse_tune(text)
+
+
+def test_the_pace_is_taken_near_the_lengths_it_is_for(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that advances by what a forward should take: attention's share shows from 8,192 tokens on."""
+    now, read = [0.0], list[int]()
+
+    def forward(model: object, ids: torch.Tensor) -> None:
+        tokens = ids.numel()
+        read.append(tokens)
+        now[0] += 1e-5 * tokens + 1e-9 * tokens**2
+
+    monkeypatch.setattr(plan, "token_nll", forward)
+    monkeypatch.setattr(plan.time, "monotonic", lambda: now[0])
+    pace = plan.measure_pace(loaded, 65536)
+    assert pace.seconds(65536) == pytest.approx(1e-5 * 65536 + 1e-9 * 65536**2)
+    assert read == [512, 512, 2048, 8192, 32768], "none above the longest, none needed after one of two seconds"
+    read.clear()
+    plan.measure_pace(loaded, 4096)
+    assert read == [512, 512, 2048]

@@ -91,7 +91,7 @@ class Extension:
         loaded, recipe, stages = self.context.loaded, self.recipe, self.stages()
         # A text that cannot fill a sequence is said now, not after the searches.
         Segments(loaded.tokenizer, self.documents(), recipe.tuned)
-        pace = measure_pace(loaded, min(recipe.original, 4096))
+        pace = measure_pace(loaded, recipe.target)
         needs = {
             stage.name: self.training_bytes(stage) if stage.kind == "tune" else forward_bytes(loaded, stage.length)
             for stage in stages
