@@ -139,7 +139,13 @@ def test_training_helps_beyond_the_original_length(progressive: Run) -> None:
 
 def test_the_report_shows_stages_lengths_and_ladder(progressive: Run) -> None:
     page = (progressive.folder / "report.html").read_text()
-    for words in ("Perplexity by length", "<h2>Stages</h2>", "The ladder of regimes", "5 steps at 256 tokens"):
+    for words in (
+        "Perplexity by length",
+        "Readjusted for short texts",
+        "<h2>Stages</h2>",
+        "The ladder of regimes",
+        "5 steps at 256 tokens",
+    ):
         assert words in page
     assert {"lengths.png", "ladder.png", "tuning.png"} <= {f.name for f in (progressive.folder / "figures").iterdir()}
 
@@ -229,6 +235,10 @@ def test_a_dry_run_says_the_plan_and_does_nothing(
         (("--tune", "none", "--readjust", "64"), "--readjust: got 64, expected --tune beside it"),
         (("--readjust", "600"), "--readjust: got 600, expected ascending lengths up to the tuned length 512"),
         (("--budget", "23"), "--budget: got 23, expected at least 24: 3 seeds on 8 windows of 256 tokens"),
+        (
+            ("--method", "longrope2", "--budget", "95"),
+            "--budget: got 95, expected at least 96: 6 seeds on 16 needles of 256 tokens",
+        ),
         (("--last-budget", "5"), "--last-budget: got 5, expected at least 6"),
         (("--tune-lr", "0"), "--lr: got 0.0, expected a number above 0"),
         (("--tune-batch", "0"), "--batch: got 0, expected an int >= 1"),

@@ -12,6 +12,7 @@ from landscape import EXTENSION, PAIRS, Landscape, critical_seeds_too, critical_
 
 from longrope.errors import UsageError
 from longrope.search import Candidate, EvolutionSettings, Outcome, evolve
+from longrope.search.seeds import CRITICAL_SEEDS, SEEDS
 from longrope.search.spaces import CriticalSpace, critical_choices, ntk_below
 from longrope.search.variation import crossover, mutate
 from longrope_kernels import RopeScaling
@@ -114,6 +115,7 @@ def test_every_child_is_of_the_space(found: Outcome) -> None:
 def test_the_seeds_have_the_theoretical_critical_pair_first_and_lower_ones() -> None:
     made = critical_seeds_too()
     assert list(made) == ["pi", "ntk", "yarn", "critical pair 20", "critical pair 16", "critical pair 12"]
+    assert len(made) == SEEDS + CRITICAL_SEEDS
     theoretical = made["critical pair 20"]
     assert set(theoretical.factors[20:]) == {EXTENSION}
     assert theoretical.factors[10] == pytest.approx(EXTENSION**0.5)

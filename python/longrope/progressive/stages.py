@@ -24,7 +24,7 @@ from ..run import digest
 from ..search.budget import Budget
 from ..search.readjust import LADDER_FILE, run_readjustment
 from ..search.seeds import BLENDS, baselines
-from ..search.stage import WINNER_FILE, run_search
+from ..search.stage import WINNER_FILE, counts, run_search
 from ..tune.data import Segments
 from ..tune.memory import Shape, available_bytes, foreseen
 from ..tune.prepare import compute_dtype
@@ -34,8 +34,8 @@ from .by_length import lengths_between, one_regime, say_lengths, score_lengths, 
 from .recipe import Recipe
 
 STAGES = "stages"
-SEARCH_SEEDS = 3  # PI, NTK and YaRN
 READJUST_SEEDS = len(BLENDS) + 2  # and both ends
+PROVED = 3  # on held-out documents: both ends of a readjustment, and what was found
 
 
 class Extension:
@@ -64,26 +64,31 @@ class Extension:
         recipe, request = self.recipe, self.context.request
         candidates = request.population + request.iterations * (request.mutations + request.crossovers)
 
-        def search(name: str, kind: str, length: int, budget: Budget, seeds: int, windows_of: int = 0) -> Stage:
-            windows = len(self.context.split.cut(self.context.loaded.tokenizer, windows_of or length).search)
-            if budget.evaluations is not None and budget.evaluations < seeds * windows:
+        def search(name: str, kind: str, length: int, budget: Budget, windows_of: int = 0) -> Stage:
+            split = self.context.split.cut(self.context.loaded.tokenizer, windows_of or length)
+            seeds, samples, what = READJUST_SEEDS, len(split.search), "windows"
+            if kind != "readjust":
+                seeds, samples, what = counts(request, samples)
+            if budget.evaluations is not None and budget.evaluations < seeds * samples:
                 argument = "--last-budget" if kind == "second search" else "--budget"
-                expected = f"at least {seeds * windows}: {seeds} seeds on {windows} windows of {length} tokens"
+                expected = f"at least {seeds * samples}: {seeds} seeds on {samples} {what} of {length} tokens"
                 refuse(argument, budget.evaluations, expected)
-            return Stage(name, kind, length, min(candidates * windows, budget.evaluations or candidates * windows))
+            proofs = PROVED * len(split.heldout) if kind == "readjust" else 0
+            sequences = min(candidates * samples, budget.evaluations or candidates * samples) + proofs
+            return Stage(name, kind, length, sequences)
 
         plan = [
-            *(search(f"search-{length}", "search", length, self.budget, SEARCH_SEEDS) for length, _ in recipe.tune),
+            *(search(f"search-{length}", "search", length, self.budget) for length, _ in recipe.tune),
             *(Stage(f"tune-{length}", "tune", length, steps * self.settings.batch) for length, steps in recipe.tune),
         ]
         if recipe.target > recipe.tuned:
             name = f"search-{recipe.target}"
-            plan.append(search(name, "second search", recipe.target, self.last_budget, SEARCH_SEEDS))
+            plan.append(search(name, "second search", recipe.target, self.last_budget))
         if not recipe.searched:
             plan = [stage for stage in plan if stage.kind == "tune"]
         for length in recipe.readjust:
             name, longest = f"readjust-{length}", recipe.readjust[-1]
-            plan.append(search(name, "readjust", length, self.budget, READJUST_SEEDS, longest))
+            plan.append(search(name, "readjust", length, self.budget, longest))
         return [*plan, Stage("evaluate", "evaluate", recipe.target, 9 * len(self.context.split.heldout))]
 
     def plan(self) -> dict[str, Any]:

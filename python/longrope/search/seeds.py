@@ -17,6 +17,7 @@ from .spaces import Between, CriticalSpace
 
 YARN_FAST, YARN_SLOW = 32.0, 1.0  # turns in the tuned length between which YaRN's ramp lies
 BLENDS = (0.25, 0.5, 0.75)
+SEEDS, CRITICAL_SEEDS = 3, 3  # how many `baselines` gives, and at most `critical_seeds`
 
 
 def yarn_attention_factor(extension: float) -> float:

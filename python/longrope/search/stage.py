@@ -14,7 +14,7 @@ from .evolve import EvolutionSettings
 from .needles import NeedleLoss
 from .objectives import Objective, TextLoss
 from .problem import Problem
-from .seeds import baselines, critical_seeds, su_attention_factor, yarn_attention_factor
+from .seeds import CRITICAL_SEEDS, SEEDS, baselines, critical_seeds, su_attention_factor, yarn_attention_factor
 from .solve import solve
 from .space import Space, nearest
 from .spaces import CriticalSpace, critical_choices
@@ -74,6 +74,14 @@ def search_problem(context: Context, name: str = "search", to: int | None = None
         evolution_settings(request),
         tuple(objective.shortened(length, screened) for length in lengths),
         request.screen_keep,
+    )
+
+
+def counts(request: Request, windows: int) -> tuple[int, int, str]:
+    """Return, before there is a model, how many seeds a search has at most, and samples of windows, and their name."""
+    seeds = SEEDS + (CRITICAL_SEEDS if request.space == "critical" else 0)
+    return (
+        (seeds, windows * request.needles, "needles") if request.objective == "needle" else (seeds, windows, "windows")
     )
 
 
