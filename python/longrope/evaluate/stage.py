@@ -175,12 +175,15 @@ def say_evaluation(result: dict[str, Any]) -> None:
     console.print(table)
     for method, difference in result.get("differences", {}).items():
         say(
-            f"  loss of ours minus {TITLES[method]}: {difference['mean']:+.4f} nats "
+            f"  loss of ours minus {result['methods'][method]['title']}: {difference['mean']:+.4f} nats "
             f"[{difference['low']:+.4f}, {difference['high']:+.4f}], perplexity x {difference['perplexity_ratio']:.3f}"
         )
     if "short_equals_original" in result:
         short = result["methods"][OURS]["short"]
-        same = "equal to the original's, bit for bit" if result["short_equals_original"] else "NOT the original's"
+        without = result["methods"]["original"]["title"]
+        same = (
+            f"equal to that of {without}, bit for bit" if result["short_equals_original"] else f"NOT that of {without}"
+        )
         say(f"  up to {short['length']:,} tokens: perplexity {math.exp(short['nll']):.3f}, {same}")
     for method, rows in result.get("passkey", {}).items():
         marks = " ".join(f"{row['depth']:.2f}:{'yes' if row['retrieved'] else 'no'}" for row in rows)
