@@ -11,7 +11,7 @@ namespace longrope {
 // zeros.
 template <class T, int kThreads, class TileT>
 LONGROPE_DEVICE void load_queries(const AttentionParams& p, const Sequence& s, const RowMap& map, int64_t first_row,
-                                  int count, TileT tile) {
+                                  int count, TileT tile, int thread = thread_index()) {
     const int head_dim = static_cast<int>(p.head_dim);
     rotate_rows<kThreads>(
         regime_of(p.rotation, s.b), head_dim, count, false,
@@ -20,8 +20,8 @@ LONGROPE_DEVICE void load_queries(const AttentionParams& p, const Sequence& s, c
             const int64_t row = first_row + r;
             return GlobalRow<T>{s.query_row<T>(p.query, map.head(row), map.token(row))};
         },
-        [&](int r) { return SharedRow<T, TileT>{tile, r}; });
-    for (int i = thread_of<kThreads>(); i < TileT::kRows * TileT::kChunks; i += kThreads) {
+        [&](int r) { return SharedRow<T, TileT>{tile, r}; }, thread);
+    for (int i = thread; i < TileT::kRows * TileT::kChunks; i += kThreads) {
         const int row = i / TileT::kChunks, c = i % TileT::kChunks;
         if (row >= count || c * kChunk >= head_dim) store_shared(tile.chunk(row, c), Vec16{});
     }

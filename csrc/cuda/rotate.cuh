@@ -8,7 +8,6 @@
 #include "../core/params.h"
 #include "../core/phase.h"
 #include "rows.cuh"
-#include "tile.cuh"
 
 namespace longrope {
 
@@ -114,9 +113,9 @@ LONGROPE_DEVICE void rotate_unit(const Regime& regime, int unit, const Angles<fa
 // Rotates rows [0, count) by kThreads threads, in units: `position_of(r)`, `from(r)` and `to(r)` say the rest.
 template <bool kChunks, int kThreads, class PositionOf, class From, class To>
 LONGROPE_DEVICE void rotate_rows_in(const Regime& regime, int head_dim, int count, bool conjugate,
-                                    const PositionOf& position_of, const From& from, const To& to) {
+                                    const PositionOf& position_of, const From& from, const To& to, int thread) {
     const int units = regime.units<kChunks>(head_dim);
-    for (int i = thread_of<kThreads>(); i < count * units; i += kThreads) {
+    for (int i = thread; i < count * units; i += kThreads) {
         const int row = i / units, unit = i % units;
         rotate_unit(regime, unit, angles_of<kChunks>(regime, unit, position_of(row), conjugate), from(row), to(row));
     }
@@ -124,11 +123,12 @@ LONGROPE_DEVICE void rotate_rows_in(const Regime& regime, int head_dim, int coun
 
 template <int kThreads, class PositionOf, class From, class To>
 LONGROPE_DEVICE void rotate_rows(const Regime& regime, int head_dim, int count, bool conjugate,
-                                 const PositionOf& position_of, const From& from, const To& to) {
+                                 const PositionOf& position_of, const From& from, const To& to,
+                                 int thread = thread_index()) {
     if (regime.in_chunks())
-        rotate_rows_in<true, kThreads>(regime, head_dim, count, conjugate, position_of, from, to);
+        rotate_rows_in<true, kThreads>(regime, head_dim, count, conjugate, position_of, from, to, thread);
     else
-        rotate_rows_in<false, kThreads>(regime, head_dim, count, conjugate, position_of, from, to);
+        rotate_rows_in<false, kThreads>(regime, head_dim, count, conjugate, position_of, from, to, thread);
 }
 
 }  // namespace longrope

@@ -57,17 +57,12 @@ struct WideTile {
     static constexpr LONGROPE_HOST_DEVICE uint32_t rows_at(int step) { return step * 2048; }
 };
 
-// Place of the thread among kThreads that work together: a block, a warpgroup or a warp.
-template <int kThreads>
-LONGROPE_DEVICE int thread_of() {
-    return thread_index() % kThreads;
-}
-
-// Starts copying rows [0, count) of a tile, zeros below; `row_at(r)` is where row r lies.
+// Starts copying rows [0, count) of a tile, zeros below; `row_at(r)` is where row r lies, `thread` the
+// place among the kThreads that copy.
 template <int kThreads, class TileT, class RowAt>
-LONGROPE_DEVICE void copy_tile(TileT tile, int count, int head_dim, const RowAt& row_at) {
+LONGROPE_DEVICE void copy_tile(TileT tile, int count, int head_dim, const RowAt& row_at, int thread = thread_index()) {
 #pragma unroll 4
-    for (int i = thread_of<kThreads>(); i < TileT::kRows * TileT::kChunks; i += kThreads) {
+    for (int i = thread; i < TileT::kRows * TileT::kChunks; i += kThreads) {
         const int row = i / TileT::kChunks, c = i % TileT::kChunks;
         const bool valid = row < count && c * kChunk < head_dim;
         const auto* from = row_at(valid ? row : 0);

@@ -186,8 +186,8 @@ PLANTED = {
     ),
     "a tail one row too long": ("if (left < S::kKeys) {", "if (left + 1 < S::kKeys) {", 0, "wrong result|nan"),
     "a tail copied one row too far": (
-        "copy_tile<32>(to, static_cast<int>(left)",
-        "copy_tile<32>(to, static_cast<int>(left) + 1",
+        "to, static_cast<int>(left),",
+        "to, static_cast<int>(left) + 1,",
         0,
         "out of bounds|wrong result",
     ),

@@ -163,8 +163,9 @@ LONGROPE_DEVICE void produce(const ForwardLaunch& launch) {
             const int64_t left = work.s.key_length - first;
             if (left < S::kKeys) {
                 const T* base = row_of<T>(p.value, work.s.b, work.key_head, work.s.key_start + first);
-                copy_tile<32>(to, static_cast<int>(left), static_cast<int>(p.head_dim),
-                              [&](int r) { return base + r * p.value.token_stride; });
+                copy_tile<32>(
+                    to, static_cast<int>(left), static_cast<int>(p.head_dim),
+                    [&](int r) { return base + r * p.value.token_stride; }, lane_index());
                 copy_async_commit();
                 copy_async_wait<0>();
                 proxy_fence();
@@ -215,7 +216,8 @@ LONGROPE_DEVICE void consume(const ForwardLaunch& launch, int group) {
                 high[r] = static_cast<int>(seen.high);
             }
             group_sync();  // the rows of the tile before have left the query tile
-            load_queries<T, kGroupThreads>(p, work.s, work.map, group_row, rows, queries);
+            load_queries<T, kGroupThreads>(p, work.s, work.map, group_row, rows, queries,
+                                           thread_index() % kGroupThreads);
             proxy_fence();  // and the barrier of the first turn shows them to the group
         }
 
