@@ -66,6 +66,8 @@ PasskeyDepths = Annotated[str | None, typer.Option(help="Passkey retrieval at th
 Tune = Annotated[str | None, typer.Option(help="Lengths to fine-tune at and steps at each: 2048:100,4096:80, or none.")]
 TuneBatch = Annotated[int | None, typer.Option(help="Sequences a step of the fine-tuning learns from. [1]")]
 TuneRate = Annotated[float | None, typer.Option(help="Learning rate of the fine-tuning. [2e-5]")]
+TuneSchedule = Annotated[str | None, typer.Option(help="linear, constant or cosine. [linear]")]
+TuneWarmup = Annotated[int | None, typer.Option(help="Steps in which the rate rises. [0]")]
 TuneLora = Annotated[int | None, typer.Option(help="Rank of adapters trained in place of the weights. [0: none]")]
 TuneShort = Annotated[
     float | None, typer.Option("--tune-short-share", help="Share of short windows under the original RoPE. [0]")
@@ -243,6 +245,8 @@ def extend(
     tune: Tune = None,
     tune_batch: TuneBatch = None,
     tune_lr: TuneRate = None,
+    tune_schedule: TuneSchedule = None,
+    tune_warmup: TuneWarmup = None,
     tune_lora: TuneLora = None,
     tune_short_share: TuneShort = None,
     readjust: Readjust = None,

@@ -57,6 +57,8 @@ class Request:
     tune: tuple[tuple[int, int], ...] = ()  # lengths to fine-tune at and steps at each
     tune_batch: int = 1
     tune_lr: float = 2e-5
+    tune_schedule: str = "linear"
+    tune_warmup: int = 0
     tune_lora: int = 0
     tune_short_share: float = 0.0
     readjust: tuple[int, ...] = ()

@@ -161,10 +161,11 @@ def open_extension(
             steps=recipe.tune[0][1],
             batch=request.tune_batch,
             lr=request.tune_lr,
+            schedule=request.tune_schedule,
+            warmup=request.tune_warmup,
             seed=request.seed,
             lora_rank=request.tune_lora,
             short_share=request.tune_short_share,
-            **chosen.tuning,
         )
         evaluations = chosen.last_budget if last_budget is None else last_budget
         last = Budget(evaluations, budget.seconds) if evaluations else budget

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import refuse
@@ -16,7 +16,6 @@ class Preset:
     Attributes:
         screen_shares: screening lengths as shares of the way from the original length to the target.
         last_budget: evaluations of the second search of a progressive extension; None: as many as of the others.
-        tuning: fields of `tune.TuneSettings` by name, for a progressive extension.
     """
 
     request: dict[str, Any]
@@ -25,7 +24,6 @@ class Preset:
     minutes: float | None = None
     passkey_depths: tuple[float, ...] = ()
     last_budget: int | None = None
-    tuning: dict[str, Any] = field(default_factory=dict)
 
 
 PRESETS = {
@@ -96,12 +94,13 @@ PRESETS = {
             "tune": ((2048, 60), (4096, 60)),
             "tune_batch": 2,
             "tune_lr": 5e-4,
+            "tune_schedule": "cosine",
+            "tune_warmup": 10,
             "readjust": (512, 1024),
         },
         budget=240,
         last_budget=36,
         passkey_depths=(0.1, 0.5, 0.9),
-        tuning={"schedule": "cosine", "warmup": 10},
     ),
 }
 

@@ -19,12 +19,14 @@ from typing import IO, Any
 from .errors import PipelineError, UsageError, disk_error, one_line, refuse
 
 FORMAT = "longrope-run/1"
+STAGES = "stages"  # a folder with a run directory for every stage of a progressive extension
 BEGUN = {".lock", ".run.json.part"}  # and the log: what a run that was killed early may have left alone
 ARGUMENTS = {
     "model": "MODEL",
     "model_fingerprint": "MODEL",
     "screens": "--screen",
     "ladder": "--factors",
+    "searched": "--search",
 }  # settings not named as their option
 
 
@@ -90,7 +92,8 @@ class RunDirectory:
         if not file.exists():
             return
         before = read_run(self.path)
-        if not self._log.is_file() or not self._log.stat().st_size:
+        begun = self._log.is_file() and self._log.stat().st_size
+        if not begun and not (self.path / STAGES).is_dir():
             # A run that came to nothing, for a wrong argument noticed late, claims no directory.
             (self.path / "documents.json").unlink(missing_ok=True)
             return

@@ -282,3 +282,46 @@ def test_a_run_goes_on_in_a_folder_that_was_moved(
     assert read(moved, "lengths.json") == read(progressive.folder, "lengths.json")
     for log in (moved / "stages").rglob("*.jsonl"):
         assert log.read_bytes() == (progressive.folder / log.relative_to(moved)).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (("--tune-lr", "0.01"), "--tune-lr: got 0.01"),
+        (("--tune-warmup", "2"), "--tune-warmup: got 2"),
+        (("--seed", "4"), "--seed: got 4"),
+        (("--no-search",), "--search: got false"),
+    ],
+)
+def test_stages_of_other_settings_are_not_taken_over(
+    changes: tuple[str, ...],
+    words: str,
+    progressive: Run,
+    command: Callable[..., Finished],
+    model_folder: Path,
+    long_texts: Path,
+    tmp_path: Path,
+) -> None:
+    """Also where the run was killed before its own log had a line."""
+    begun = tmp_path / "run"
+    begun.mkdir()
+    for name in ("run.json", "documents.json"):
+        shutil.copy(progressive.folder / name, begun)
+    shutil.copytree(progressive.folder / "stages", begun / "stages")
+    done = command(*arguments(model_folder, long_texts, begun), *changes)
+    assert (done.code, words in done.err, done.err.count("\n")) == (2, True, 1), done.err
+
+
+def test_a_larger_budget_goes_on_and_a_tuning_under_other_factors_is_refused(
+    progressive: Run, command: Callable[..., Finished], model_folder: Path, long_texts: Path, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(progressive.folder, tmp_path / "moved"))
+    before = read(moved, "stages/search-256/search.json")
+    done = command(*arguments(model_folder, long_texts, moved), "--budget", "60")
+    after = read(moved, "stages/search-256/search.json")
+    assert after["evaluations"] > before["evaluations"]
+    if after["winner"]["id"] == before["winner"]["id"]:
+        assert done.code == 0, done.err
+    else:
+        assert done.code == 2
+        assert "--factors: got" in done.err

@@ -20,7 +20,7 @@ from ..extend import run_inspection, say_inspection
 from ..plan import Stage, check_memory, forward_bytes, make_plan, measure_pace, say_plan, weight_bytes
 from ..progress import clock, say
 from ..report import write_report
-from ..run import digest
+from ..run import STAGES, digest, read_json
 from ..search.budget import Budget
 from ..search.readjust import LADDER_FILE, run_readjustment
 from ..search.seeds import BLENDS, baselines
@@ -33,7 +33,6 @@ from ..tune.stage import run_tuning
 from .by_length import lengths_between, one_regime, say_lengths, score_lengths, tabulate
 from .recipe import Recipe
 
-STAGES = "stages"
 READJUST_SEEDS = len(BLENDS) + 2  # and both ends
 PROVED = 3  # on held-out documents: both ends of a readjustment, and what was found
 
@@ -184,7 +183,7 @@ class Extension:
         if not self.recipe.searched:
             yarn = baselines(loaded.base, loaded.original_length, context.extension)["yarn"]
             return loaded.extended(yarn.scaling(loaded.base), context.target_length)
-        if context.run.read_json("search.json") is None:
+        if not done(context, "search.json", budget):
             run_search(context, dataclasses.replace(budget))
         return factors.read(context.run.path / WINNER_FILE, loaded.base)[0]
 
@@ -199,11 +198,12 @@ class Extension:
             settings = dataclasses.replace(self.settings, length=length, steps=steps)
             ladder = lk.LongRope(recipe.original, {recipe.original: base, length: regimes[length]})
             folder = context.run.path / STAGES / f"tune-{length}"
-            done = folder / "model"
-            if not (folder / "tune.json").is_file() or not (done / "config.json").is_file():
+            made = read_json(folder / "tune.json") if (folder / "tune.json").is_file() else {}
+            finished = made.get("rope") == ladder.to_dict() and (folder / "model" / "config.json").is_file()
+            if not finished:  # where it was tuned under other factors, the stage refuses
                 loaded = models.load(model, context.run.settings["dtype"], threads=context.threads)
-                done = run_tuning(loaded, ladder, settings, self.documents(), folder).model
-            model = str(done)
+                run_tuning(loaded, ladder, settings, self.documents(), folder)
+            model = str(folder / "model")
         return Path(model), ladder
 
     def readjust(self, model: Path, ladder: lk.LongRope) -> lk.LongRope:
@@ -213,7 +213,7 @@ class Extension:
         with self.open(
             "readjust", str(model), lengths[-1], lengths=lengths, ladder=digest(ladder.to_dict())
         ) as context:
-            if context.run.read_json(LADDER_FILE) is None:
+            if not all(done(context, f"readjust-{length}.json", self.budget) for length in lengths):
                 run_readjustment(context, ladder, lengths, self.budget.times(len(lengths)))
             return factors.read(context.run.path / LADDER_FILE)[0]
 
@@ -261,3 +261,9 @@ def progressive_extend(
     """
     extension = Extension(context, recipe, budget, last_budget, settings)
     return extension.plan() if dry_run else extension.run()
+
+
+def done(context: Context, result: str, budget: Budget) -> bool:
+    """Whether a search has left its result, within the budget that is asked for now."""
+    found = context.run.read_json(result)
+    return found is not None and found["budget"] == {"evaluations": budget.evaluations, "seconds": budget.seconds}
