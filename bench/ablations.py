@@ -4,7 +4,7 @@ The tiny model is extended as `make demo-full` does, and again without one stage
 documents at every length under their own ladder. Prints perplexities and paired differences, and writes
 bench/results/ablations.json and docs/figures/ablations.png. Stopped and started again, it goes on where it was.
 
-    no search            YaRN's factors wherever a search would look for better ones
+    no search            YaRN's factors for the tuned lengths and the target; readjustment searches all the same
     no n-hat             all searches with n-hat 0
     no progressive step  as many tokens of training, all at the longer length
     no readjustment      the original factors up to the original length, those of the tuning beyond
@@ -32,7 +32,7 @@ from longrope.presets import PRESETS
 from longrope.progress import console, say
 from longrope.progressive.by_length import lengths_between, score_lengths
 from longrope.report import figures
-from longrope.run import write_atomically
+from longrope.run import read_run, write_atomically
 
 from . import record
 
@@ -62,7 +62,10 @@ def extend(name: str, changes: dict[str, Any], options: argparse.Namespace) -> d
     # Without readjustment, all stages before it are those of the whole run.
     folder = options.run if name in (FULL, NO_READJUSTMENT) else options.runs / name.replace(" ", "-")
     whole = {} if name == NO_READJUSTMENT else changes
-    context, _, extension = open_extension("tiny", model=options.model, to=TARGET, run_dir=folder, **whole)
+    asked = read_run(folder).get("command") if (folder / "run.json").is_file() else None
+    context, _, extension = open_extension(
+        "tiny", model=options.model, to=TARGET, run_dir=folder, command=asked, **whole
+    )
     assert extension is not None
     with closing(context):
         if name == NO_READJUSTMENT:

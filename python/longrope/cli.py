@@ -74,7 +74,9 @@ TuneShort = Annotated[
 ]
 Readjust = Annotated[str | None, typer.Option(help="Lengths searched again on the tuned model: 512,1024, or none.")]
 LastBudget = Annotated[int | None, typer.Option(help="Evaluations of the second search. [--budget]")]
-Searched = Annotated[bool | None, typer.Option("--search/--no-search", help="No: YaRN's factors throughout. [yes]")]
+Searched = Annotated[
+    bool | None, typer.Option("--search/--no-search", help="No: YaRN's factors; --readjust searches. [yes]")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and what it takes, and stop.")]
 Seed = Annotated[int | None, typer.Option(help="Of all random draws. [0]")]
 FactorFile = Annotated[Path | None, typer.Option("--factors", help="A factor file. [the winner in the run directory]")]

@@ -55,7 +55,7 @@ def say_stages(context: Context, budget: Budget) -> dict[str, Any]:
     searched = min(wanted * len(context.split.search), budget.evaluations or wanted * len(context.split.search))
     documents = len(context.split.heldout)
     stages = [
-        Stage("search", "search", target, searched),
+        Stage("search", "search", target, searched, budget.seconds),
         Stage("evaluate", "evaluate", target, (5 + 3 * len(context.passkey_depths)) * documents),
     ]
     needs = {stage.name: forward_bytes(loaded, stage.length) for stage in stages}

@@ -30,13 +30,15 @@ class Stage:
         name: of its folder in the run directory.
         kind: search, tune, second search, readjust or evaluate.
         length: of its sequences, in tokens.
-        sequences: forwards, or training sequences, of that length, at most.
+        sequences: forwards, or training sequences, of that length, at most; screens, which read less, are not counted.
+        limit: seconds after which it stops, or None.
     """
 
     name: str
     kind: str
     length: int
     sequences: int
+    limit: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -107,7 +109,8 @@ def forward_bytes(loaded: LoadedModel, tokens: int) -> int:
 
 def seconds_of(stage: Stage, pace: Pace) -> float:
     """Estimate a stage."""
-    return stage.sequences * pace.seconds(stage.length) * (TRAINING_FORWARDS if stage.kind == "tune" else 1)
+    seconds = stage.sequences * pace.seconds(stage.length) * (TRAINING_FORWARDS if stage.kind == "tune" else 1)
+    return seconds if stage.limit is None else min(seconds, stage.limit)
 
 
 def check_memory(original: int, loaded: LoadedModel, needs: Sequence[tuple[Stage, int]], room: int) -> None:

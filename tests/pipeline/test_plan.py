@@ -63,8 +63,8 @@ def test_what_memory_does_not_hold_is_refused_with_what_would_fit(loaded: Loaded
         (((128, 5),), (), "ascending lengths above 128"),
         (((8192, 5),), (), "up to the target 4096"),
         (TUNED, (256, 128), "got 256,128, expected ascending"),
-        (TUNED, (1024,), "up to the tuned length 512"),
-        (TUNED, (0, 64), "up to the tuned length 512"),
+        (TUNED, (512,), "from 16 to below the tuned length 512"),
+        (TUNED, (8, 64), "from 16 to below the tuned length 512"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(

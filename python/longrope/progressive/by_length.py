@@ -63,10 +63,10 @@ def score_lengths(context: Context, ropes: Mapping[str, lk.LongRope], lengths: S
 
 
 def one_regime(context: Context) -> dict[str, lk.LongRope]:
-    """Return the original, and PI, NTK and YaRN for the target, each as it is published: one regime for all lengths."""
+    """Return the original as it is, and PI, NTK and YaRN for the target as published: one regime for all lengths."""
     target = context.target_length
     return {
-        name: lk.LongRope(context.original_length, {target: rope.scalings[-1]})
+        name: rope if name == ORIGINAL else lk.LongRope(context.original_length, {target: rope.scalings[-1]})
         for name, rope in methods(context, None).items()
     }
 

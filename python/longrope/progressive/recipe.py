@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import refuse
+from ..search.readjust import LEAST_LENGTH
 
 MOST_WITHOUT_TRAINING = 8  # times the tuned length: how far the paper extends by a search alone
 
@@ -15,15 +16,15 @@ class Recipe:
 
     Factors are searched at each tuned length on the model as it came. It is then fine-tuned at the first under the
     first factors, and on from there at the next under the next. Where the target is longer, factors for it are searched
-    on the tuned model, relative to those it was tuned under, and nothing more is trained. Last, factors for lengths up
-    to the tuned one are searched again: the tuned model reads short text better under less interpolation.
+    on the tuned model, relative to those it was tuned under, and nothing more is trained. Last, factors for lengths
+    below the tuned one are searched again: the tuned model reads short text better under less interpolation.
 
     Attributes:
         original: tokens the model was trained on.
         target: tokens of the result.
         tune: lengths to fine-tune at and optimizer steps at each, ascending.
         readjust: lengths whose factors are searched again on the tuned model, ascending.
-        searched: False takes YaRN's factors wherever a search would look for better ones.
+        searched: False takes YaRN's factors for the tuned lengths and the target; readjustment searches all the same.
     """
 
     original: int
@@ -40,8 +41,8 @@ class Recipe:
             shown = ",".join(f"{length}:{steps}" for length, steps in self.tune)
             refuse("--tune", shown, f"ascending lengths above {self.original} and up to the target {self.target}")
         ascending = list(self.readjust) == sorted(set(self.readjust))
-        if self.readjust and not (ascending and self.readjust[0] > 0 and self.readjust[-1] <= self.tuned):
-            expected = f"ascending lengths up to the tuned length {self.tuned}"
+        if self.readjust and not (ascending and self.readjust[0] >= LEAST_LENGTH and self.readjust[-1] < self.tuned):
+            expected = f"ascending lengths from {LEAST_LENGTH} to below the tuned length {self.tuned}"
             refuse("--readjust", ",".join(map(str, self.readjust)), expected)
 
     @property

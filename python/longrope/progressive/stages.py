@@ -22,12 +22,12 @@ from ..progress import clock, say
 from ..report import write_report
 from ..run import STAGES, digest, read_json
 from ..search.budget import Budget
-from ..search.readjust import LADDER_FILE, run_readjustment
+from ..search.readjust import LADDER_FILE, RESULT_FILE, run_readjustment
 from ..search.seeds import BLENDS, baselines
 from ..search.stage import WINNER_FILE, counts, run_search
 from ..tune.data import Segments
 from ..tune.memory import Shape, available_bytes, foreseen
-from ..tune.prepare import compute_dtype
+from ..tune.prepare import compute_dtype, resolve
 from ..tune.settings import TuneSettings
 from ..tune.stage import run_tuning
 from .by_length import lengths_between, one_regime, say_lengths, score_lengths, tabulate
@@ -74,17 +74,13 @@ class Extension:
                 refuse(argument, budget.evaluations, expected)
             proofs = PROVED * len(split.heldout) if kind == "readjust" else 0
             sequences = min(candidates * samples, budget.evaluations or candidates * samples) + proofs
-            return Stage(name, kind, length, sequences)
+            return Stage(name, kind, length, sequences, budget.seconds)
 
-        plan = [
-            *(search(f"search-{length}", "search", length, self.budget) for length, _ in recipe.tune),
-            *(Stage(f"tune-{length}", "tune", length, steps * self.settings.batch) for length, steps in recipe.tune),
-        ]
-        if recipe.target > recipe.tuned:
-            name = f"search-{recipe.target}"
-            plan.append(search(name, "second search", recipe.target, self.last_budget))
-        if not recipe.searched:
-            plan = [stage for stage in plan if stage.kind == "tune"]
+        plan = [Stage(f"tune-{length}", "tune", length, steps * self.settings.batch) for length, steps in recipe.tune]
+        if recipe.searched:
+            plan = [*(search(f"search-{length}", "search", length, self.budget) for length, _ in recipe.tune), *plan]
+            if recipe.target > recipe.tuned:
+                plan.append(search(f"search-{recipe.target}", "second search", recipe.target, self.last_budget))
         for length in recipe.readjust:
             name, longest = f"readjust-{length}", recipe.readjust[-1]
             plan.append(search(name, "readjust", length, self.budget, longest))
@@ -93,7 +89,9 @@ class Extension:
     def plan(self) -> dict[str, Any]:
         """Print the plan and write `plan.json`; refuse what memory will not hold."""
         loaded, recipe, stages = self.context.loaded, self.recipe, self.stages()
-        # A text that cannot fill a sequence is said now, not after the searches.
+        # What training would refuse is said now, not after the searches.
+        for length, _ in recipe.tune:
+            resolve(self.settings_of(length), loaded, loaded.extended(loaded.base, length))
         Segments(loaded.tokenizer, self.documents(), recipe.tuned)
         pace = measure_pace(loaded, recipe.target)
         needs = {
@@ -115,9 +113,14 @@ class Extension:
     def training_bytes(self, stage: Stage) -> int:
         loaded = self.context.loaded
         dtype = compute_dtype(self.settings.dtype, loaded.dtype)
-        return foreseen(
-            Shape.of(loaded.model), dataclasses.replace(self.settings, length=stage.length, dtype=dtype)
-        ).total
+        return foreseen(Shape.of(loaded.model), dataclasses.replace(self.settings_of(stage.length), dtype=dtype)).total
+
+    def settings_of(self, length: int) -> TuneSettings:
+        """Return the settings of the fine-tuning at a length."""
+        steps = dict(self.recipe.tune)[length]
+        if self.settings.warmup > steps:
+            refuse("--tune-warmup", self.settings.warmup, f"at most the {steps} steps at {length} tokens")
+        return dataclasses.replace(self.settings, length=length, steps=steps)
 
     def run(self) -> dict[str, Any]:
         """Run what is not done yet and return the table by length."""
@@ -167,7 +170,11 @@ class Extension:
     def search(self, length: int) -> lk.RopeScaling:
         """Return the factors for a length on the model as it came."""
         self.stage(f"search for {length:,} tokens")
+        tuned = (self.context.run.path / STAGES / f"tune-{length}" / "tune.json").is_file()
         with self.open(f"search-{length}", self.context.request.model, length) as context:
+            if tuned and self.recipe.searched and not done(context, "search.json", self.budget):
+                expected = f"that of the search that {context.run.path} was tuned after (or another --run-dir)"
+                refuse("--budget", self.budget.bounds, expected)
             return self.found(context, self.budget).scalings[-1]
 
     def second_search(self, model: Path) -> lk.LongRope:
@@ -184,25 +191,28 @@ class Extension:
             yarn = baselines(loaded.base, loaded.original_length, context.extension)["yarn"]
             return loaded.extended(yarn.scaling(loaded.base), context.target_length)
         if not done(context, "search.json", budget):
-            run_search(context, dataclasses.replace(budget))
+            run_search(context, budget.times(1))
         return factors.read(context.run.path / WINNER_FILE, loaded.base)[0]
 
     def tune(self, regimes: dict[int, lk.RopeScaling]) -> tuple[Path, lk.LongRope]:
         """Fine-tune at every length in turn; return the last model's folder and ladder."""
         context, recipe = self.context, self.recipe
-        base, model = context.loaded.base, context.request.model
+        rope, model = context.loaded.rope, context.request.model
         context.release()
-        ladder = lk.LongRope(recipe.original, {recipe.original: base})
-        for length, steps in recipe.tune:
+        ladder, text = rope, digest(sorted(document.sha256 for document in self.documents()))
+        for length, _ in recipe.tune:
             self.stage(f"fine-tune at {length:,} tokens")
-            settings = dataclasses.replace(self.settings, length=length, steps=steps)
-            ladder = lk.LongRope(recipe.original, {recipe.original: base, length: regimes[length]})
+            ladder = lk.LongRope(rope.original_max_position_embeddings, {**rope.regimes, length: regimes[length]})
             folder = context.run.path / STAGES / f"tune-{length}"
             made = read_json(folder / "tune.json") if (folder / "tune.json").is_file() else {}
-            finished = made.get("rope") == ladder.to_dict() and (folder / "model" / "config.json").is_file()
-            if not finished:  # where it was tuned under other factors, the stage refuses
+            finished = (
+                (folder / "model" / "config.json").is_file()
+                and (made["rope"], made["documents"]) == (ladder.to_dict(), text)
+                and made["provenance"]["model_fingerprint"] == models.fingerprint(models.find(model))
+            )
+            if not finished:  # a training of other factors, text or weights is refused, not taken over
                 loaded = models.load(model, context.run.settings["dtype"], threads=context.threads)
-                run_tuning(loaded, ladder, settings, self.documents(), folder)
+                run_tuning(loaded, ladder, self.settings_of(length), self.documents(), folder)
             model = str(folder / "model")
         return Path(model), ladder
 
@@ -213,8 +223,9 @@ class Extension:
         with self.open(
             "readjust", str(model), lengths[-1], lengths=lengths, ladder=digest(ladder.to_dict())
         ) as context:
-            if not all(done(context, f"readjust-{length}.json", self.budget) for length in lengths):
-                run_readjustment(context, ladder, lengths, self.budget.times(len(lengths)))
+            budget = self.budget.times(len(lengths))
+            if not done(context, RESULT_FILE, budget):
+                run_readjustment(context, ladder, lengths, budget)
             return factors.read(context.run.path / LADDER_FILE)[0]
 
     def finish(self, model: Path, ladder: lk.LongRope) -> dict[str, Any]:
@@ -266,4 +277,4 @@ def progressive_extend(
 def done(context: Context, result: str, budget: Budget) -> bool:
     """Whether a search has left its result, within the budget that is asked for now."""
     found = context.run.read_json(result)
-    return found is not None and found["budget"] == {"evaluations": budget.evaluations, "seconds": budget.seconds}
+    return found is not None and found["budget"] == budget.bounds

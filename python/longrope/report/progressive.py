@@ -19,7 +19,7 @@ def headline(report: Report, title: str) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         '<p class="lead">Rescale factors of the rotary embedding, searched on some documents, fine-tuned on others and '
-        "proved on a third kind.</p>",
+        "proved on others again.</p>",
     ]
     found = report.lengths
     if found is None:

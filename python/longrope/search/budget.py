@@ -29,6 +29,11 @@ class Budget:
     spent_seconds: float = 0.0
     _by_length: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
+    @property
+    def bounds(self) -> dict[str, float | None]:
+        """What may be spent; JSON."""
+        return {"evaluations": self.evaluations, "seconds": self.seconds}
+
     def times(self, number: int) -> Budget:
         """Return `number` times this budget, nothing of it spent."""
         evaluations = None if self.evaluations is None else number * self.evaluations

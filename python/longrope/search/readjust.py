@@ -33,7 +33,7 @@ from .spaces import Between
 from .stage import evolution_settings
 
 FORMAT = "longrope-readjust/1"
-LADDER_FILE = "factors/readjusted.json"
+LADDER_FILE, RESULT_FILE = "factors/readjusted.json", "readjust.json"
 ENDS = ("original", "extended")  # seeds, see `seeds.blends`
 LEAST_LENGTH = 16  # tokens: what an interval needs
 
@@ -63,8 +63,8 @@ def run_readjustment(
         regimes[length] = Candidate.from_dict(result["winner"]["candidate"]).scaling(problem.base)
         found.append(prove(context, problem, result))
     readjusted = lk.LongRope(ladder.original_max_position_embeddings, regimes)
-    summary = {"format": FORMAT, "ladder": list(readjusted.lengths), "lengths": found}
-    context.run.write_json("readjust.json", summary)
+    spent = {"evaluations": None, "seconds": None} if budget is None else budget.bounds
+    summary = {"format": FORMAT, "ladder": list(readjusted.lengths), "lengths": found, "budget": spent}
     content = factors.describe(
         readjusted,
         context.loaded.name,
@@ -77,6 +77,7 @@ def run_readjustment(
         provenance=provenance(context),
     )
     keep_time(context, LADDER_FILE, content)
+    context.run.write_json(RESULT_FILE, summary)  # last: where it is, all is
     say_readjustment(summary)
     return readjusted
 
