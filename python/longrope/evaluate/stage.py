@@ -180,10 +180,9 @@ def say_evaluation(result: dict[str, Any]) -> None:
         )
     if "short_equals_original" in result:
         short = result["methods"][OURS]["short"]
-        without = result["methods"]["original"]["title"]
-        same = (
-            f"equal to that of {without}, bit for bit" if result["short_equals_original"] else f"NOT that of {without}"
-        )
+        title = result["methods"]["original"]["title"]
+        whose = "the original's" if title == TITLES["original"] else f"that of the model {title}"
+        same = f"equal to {whose}, bit for bit" if result["short_equals_original"] else f"NOT {whose}"
         say(f"  up to {short['length']:,} tokens: perplexity {math.exp(short['nll']):.3f}, {same}")
     for method, rows in result.get("passkey", {}).items():
         marks = " ".join(f"{row['depth']:.2f}:{'yes' if row['retrieved'] else 'no'}" for row in rows)
