@@ -10,12 +10,11 @@ from .context import Context
 from .evaluate.stage import OURS, run_evaluation, say_evaluation
 from .export.stage import run_export, say_export
 from .inspection import Inspection, inspect_rope
-from .plan import Stage, check_memory, forward_bytes, make_plan, measure_pace, say_plan, weight_bytes
+from .plan import Stage, make_plan, say_plan
 from .progress import clock, console, say
 from .report import write_report
 from .search.budget import Budget
-from .search.stage import WINNER_FILE, check_budget, run_search
-from .tune.memory import available_bytes
+from .search.stage import WINNER_FILE, check_budget, evolution_settings, run_search
 
 
 def extend(context: Context, budget: Budget) -> dict[str, Any]:
@@ -51,19 +50,15 @@ def extend(context: Context, budget: Budget) -> dict[str, Any]:
 def say_stages(context: Context, budget: Budget) -> dict[str, Any]:
     """Say what `extend` would do and what it takes, and return it."""
     loaded, request, target = context.loaded, context.request, context.target_length
-    wanted = request.population + request.iterations * (request.mutations + request.crossovers)
-    searched = min(wanted * len(context.split.search), budget.evaluations or wanted * len(context.split.search))
+    wanted = evolution_settings(request).candidates * len(context.split.search)
+    searched = min(wanted, budget.evaluations or wanted)
     documents = len(context.split.heldout)
     stages = [
         Stage("search", "search", target, searched, budget.seconds),
         Stage("evaluate", "evaluate", target, (5 + 3 * len(context.passkey_depths)) * documents),
     ]
-    needs = {stage.name: forward_bytes(loaded, stage.length) for stage in stages}
-    room = available_bytes(weight_bytes(loaded))
-    check_memory(context.original_length, loaded, [(stage, needs[stage.name]) for stage in stages], room)
-    pace = measure_pace(loaded, target)
     notes = [] if budget.seconds is None else [f"the search stops after {clock(budget.seconds)} of forwards"]
-    plan = make_plan(context.original_length, target, stages, needs, pace, notes)
+    plan = make_plan(loaded, context.original_length, target, stages, notes=notes)
     say_plan(plan)
     return plan
 

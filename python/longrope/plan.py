@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,10 @@ from .errors import refuse
 from .loss import CHUNK_BYTES, token_nll
 from .models import LoadedModel
 from .progress import clock, console, say, waiting
+from .tune.memory import GIB, Shape, available_bytes
 
 TRAINING_FORWARDS = 4  # a step costs its forward, the forward again (checkpointing), and a backward of twice that
 SHORTEST_TIMED, ENOUGH_SECONDS = 512, 2.0
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,6 @@ def measure_pace(loaded: LoadedModel, longest: int) -> Pace:
     return Pace.through(*found[-2:])
 
 
-def weight_bytes(loaded: LoadedModel) -> int:
-    """Return what the weights take as they are loaded."""
-    return sum(value.numel() * value.element_size() for value in loaded.model.parameters())
-
-
 def forward_bytes(loaded: LoadedModel, tokens: int) -> int:
     """Return what one evaluation holds, weights included: `docs/long_inputs.md` has the formula and measurements."""
     config = loaded.model.config.get_text_config()
@@ -104,7 +99,11 @@ def forward_bytes(loaded: LoadedModel, tokens: int) -> int:
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     row = config.hidden_size + 2 * key_heads * loaded.rope.head_dim
     chunk = min(tokens, CHUNK_TOKENS) * (3 * config.intermediate_size + 6 * config.hidden_size)
-    return weight_bytes(loaded) + item * (tokens * row + chunk) + min(CHUNK_BYTES, 4 * tokens * config.vocab_size)
+    return (
+        Shape.of(loaded.model).weight_bytes
+        + item * (tokens * row + chunk)
+        + min(CHUNK_BYTES, 4 * tokens * config.vocab_size)
+    )
 
 
 def seconds_of(stage: Stage, pace: Pace) -> float:
@@ -128,9 +127,25 @@ def check_memory(original: int, loaded: LoadedModel, needs: Sequence[tuple[Stage
 
 
 def make_plan(
-    original: int, target: int, stages: Sequence[Stage], needs: dict[str, int], pace: Pace, notes: Sequence[str] = ()
+    loaded: LoadedModel,
+    original: int,
+    target: int,
+    stages: Sequence[Stage],
+    training_bytes: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the plan; JSON."""
+    """Time some forwards and return the plan; JSON.
+
+    Args:
+        training_bytes: what stages that train hold, by name.
+
+    Raises:
+        UsageError: more than there is; the line says what would fit.
+    """
+    needs = {stage.name: forward_bytes(loaded, stage.length) for stage in stages} | dict(training_bytes or {})
+    room = available_bytes(Shape.of(loaded.model).weight_bytes)
+    check_memory(original, loaded, [(stage, needs[stage.name]) for stage in stages], room)
+    pace = measure_pace(loaded, target)
     rows = [
         {
             **stage.__dict__,

@@ -14,13 +14,12 @@ import longrope_kernels as lk
 from ..context import Context
 from ..evaluate.bootstrap import paired_difference
 from ..evaluate.scoring import Scorer, mean_nll
-from ..evaluate.stage import methods
+from ..evaluate.stage import OURS, TITLES, methods
 from ..progress import console, say, task
 from ..search.budget import forward_cost
 
 FORMAT = "longrope-lengths/1"
-OURS, ORIGINAL = "longrope", "original"
-TITLES = {ORIGINAL: "original", "pi": "PI", "ntk": "NTK", "yarn": "YaRN", OURS: "LongRoPE (ours)"}
+ORIGINAL = "original"
 
 
 def lengths_between(shortest: int, longest: int) -> list[int]:

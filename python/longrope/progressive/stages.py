@@ -17,16 +17,16 @@ from ..errors import refuse
 from ..evaluate.stage import OURS, run_evaluation, say_evaluation
 from ..export.stage import run_export, say_export
 from ..extend import run_inspection, say_inspection
-from ..plan import Stage, check_memory, forward_bytes, make_plan, measure_pace, say_plan, weight_bytes
+from ..plan import Stage, make_plan, say_plan
 from ..progress import clock, say
 from ..report import write_report
 from ..run import STAGES, digest, read_json
 from ..search.budget import Budget
 from ..search.readjust import LADDER_FILE, RESULT_FILE, run_readjustment
 from ..search.seeds import BLENDS, baselines
-from ..search.stage import WINNER_FILE, counts, run_search
+from ..search.stage import WINNER_FILE, counts, evolution_settings, run_search
 from ..tune.data import Segments
-from ..tune.memory import Shape, available_bytes, foreseen
+from ..tune.memory import Shape, foreseen
 from ..tune.prepare import compute_dtype, resolve
 from ..tune.settings import TuneSettings
 from ..tune.stage import run_tuning
@@ -61,7 +61,7 @@ class Extension:
             UsageError: a budget that does not reach for the seeds of one of the searches.
         """
         recipe, request = self.recipe, self.context.request
-        candidates = request.population + request.iterations * (request.mutations + request.crossovers)
+        candidates = evolution_settings(request).candidates
 
         def search(name: str, kind: str, length: int, budget: Budget, windows_of: int = 0) -> Stage:
             split = self.context.split.cut(self.context.loaded.tokenizer, windows_of or length)
@@ -93,14 +93,8 @@ class Extension:
         for length, _ in recipe.tune:
             resolve(self.settings_of(length), loaded, loaded.extended(loaded.base, length))
         Segments(loaded.tokenizer, self.documents(), recipe.tuned)
-        pace = measure_pace(loaded, recipe.target)
-        needs = {
-            stage.name: self.training_bytes(stage) if stage.kind == "tune" else forward_bytes(loaded, stage.length)
-            for stage in stages
-        }
-        room = available_bytes(weight_bytes(loaded))
-        check_memory(recipe.original, loaded, [(stage, needs[stage.name]) for stage in stages], room)
-        plan = make_plan(recipe.original, recipe.target, stages, needs, pace, recipe.notes)
+        training = {stage.name: self.training_bytes(stage) for stage in stages if stage.kind == "tune"}
+        plan = make_plan(loaded, recipe.original, recipe.target, stages, training, recipe.notes)
         plan["recipe"] = dataclasses.asdict(recipe)
         say_plan(plan)
         self.context.run.write_json("plan.json", plan)
@@ -260,18 +254,6 @@ class Extension:
         self.stage("report")
         say(f"{write_report(context.run.path)}, made in {clock(time.monotonic() - self.began)}")
         return table
-
-
-def progressive_extend(
-    context: Context, recipe: Recipe, budget: Budget, last_budget: Budget, settings: TuneSettings, dry_run: bool = False
-) -> dict[str, Any]:
-    """Run a progressive extension, or say what it would do.
-
-    Args:
-        dry_run: stop after the plan, which is returned; else the table of perplexity by length is.
-    """
-    extension = Extension(context, recipe, budget, last_budget, settings)
-    return extension.plan() if dry_run else extension.run()
 
 
 def done(context: Context, result: str, budget: Budget) -> bool:

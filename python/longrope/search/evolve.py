@@ -50,6 +50,11 @@ class EvolutionSettings:
     controls: int = 0
     seed: int = 0
 
+    @property
+    def candidates(self) -> int:
+        """How many an evolution makes, seeds included, without any budget."""
+        return self.population + self.iterations * (self.mutations + self.crossovers)
+
     def __post_init__(self) -> None:
         least = {"population": 1, "parents": 1}
         for name in ("population", "parents", "iterations", "mutations", "crossovers", "controls", "seed"):
