@@ -54,7 +54,7 @@ def test_reading_a_cache_gives_the_bits_of_attention_over_its_keys(dtype, page_t
 
 @every_level
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 256])
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.integers(1, 400), min_size=1, max_size=3),
@@ -77,6 +77,53 @@ def test_every_kind_of_cache_obeys_the_error_rule(dtype, head_dim, lengths, kind
     plain, plain_lse = testing.plain_attention(problem)
     testing.assert_within_error_rule("out", out, plain, exact, 1e-5)
     testing.assert_within_error_rule("lse", lse, plain_lse, exact_lse, 1e-5)
+
+
+# Keys whose channels differ, or of few channels, and queries that match: what rounding to a common step could lose.
+def unlike_channels(head_dim, generator):
+    scale = torch.ones(head_dim)
+    scale[3], scale[head_dim // 2 + 7] = 30.0, 80.0
+    return scale, 1.0 / scale
+
+
+def loud_channels(head_dim, generator):
+    scale = unlike_channels(head_dim, generator)[0].sqrt() / 2
+    return scale, scale
+
+
+def lognormal_channels(head_dim, generator):
+    scale = torch.exp(2 * torch.randn(head_dim, generator=generator))
+    return scale, 1.0 / scale
+
+
+def sparse_rows(head_dim, generator):
+    return [4.0 * (torch.rand(tokens, head_dim, generator=generator) < 0.05) for tokens in (512, 2)]
+
+
+def peaked(head_dim, generator):
+    return torch.full((head_dim,), 4.0), torch.full((head_dim,), 4.0)
+
+
+@every_level
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", [unlike_channels, loud_channels, lognormal_channels, sparse_rows, peaked])
+def test_int8_products_lose_less_than_bf16_products_of_the_same_keys(kind, head_dim):
+    generator = torch.Generator().manual_seed(head_dim)
+    key_scale, query_scale = kind(head_dim, generator)
+    key, value = (x * by for x, by in zip(tokens(512, batch=1, head_dim=head_dim), (key_scale, 1.0), strict=True))
+    value = value * torch.exp(2 * torch.randn(512, 1, generator=generator))
+    cache = lk.KVCache(1, 2, head_dim, 512, torch.bfloat16, quantised=True)
+    cache.append(key.bfloat16(), value.bfloat16())
+    query = (queries(2, batch=1, head_dim=head_dim) * query_scale).bfloat16()
+    scaling = lk.RopeScaling(head_dim, 1e4, [1.5] * (head_dim // 2), 7, 1.1)
+    found = cache.attend(query, scaling, return_lse=True)
+    held = gathered(cache.pages, torch.float64)
+    exact = lk.reference.attention(query, *held, scaling, return_lse=True)
+    rounded = [x.bfloat16() for x in held]
+    plain = testing.plain_attention(testing.Problem(query, *rounded, scaling, {}))
+    for actual, same, truth in zip(found, plain, exact, strict=True):
+        error, allowed = ((x.double() - truth).square().mean().sqrt() for x in (actual, same))
+        assert error <= allowed
 
 
 @every_backend_and_level
@@ -143,6 +190,34 @@ def test_a_value_that_is_not_finite_is_seen_by_whoever_reads_it():
     assert out[0, :4].isnan().all()
     assert out[0, 4:].isfinite().all()
     assert out[1].isfinite().all()
+
+
+@every_level
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_key_or_query_that_is_not_finite_makes_the_rows_that_see_it_not_a_number(head_dim):
+    key, value = tokens(192, torch.bfloat16, head_dim=head_dim)
+    key[0, 0, 70, 5] = -torch.inf  # of the second group of keys, seen by the first four heads
+    cache = lk.KVCache(2, 2, head_dim, 192, torch.bfloat16, quantised=True)
+    cache.append(key, value)
+    query = queries(1, torch.bfloat16, head_dim=head_dim)
+    query[1, 6, 0, 1] = torch.nan
+    out, lse = cache.attend(query, lk.RopeScaling(head_dim, 1e4), return_lse=True)
+    for result in (out.isnan().all(-1), lse.isnan()):
+        assert result[0, :4].all()
+        assert result[1, 6].all()
+        assert result.sum() == 5
+    assert out.isnan().sum() == 5 * head_dim
+
+
+@every_level
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-30, 1e30])
+def test_products_of_tiny_and_huge_int8_operands_stay_finite(scale):
+    key, value = (x * scale for x in tokens(128, torch.bfloat16))
+    cache = lk.KVCache(2, 2, 64, 128, torch.bfloat16, quantised=True)
+    cache.append(key, value)
+    query = queries(1, torch.bfloat16) / max(scale, 1.0)
+    exact = lk.reference.attention(query, *gathered(cache.pages, torch.float64), PLAIN)
+    assert torch.allclose(cache.attend(query, PLAIN).double(), exact, rtol=0.02, atol=0.02 * scale)
 
 
 @every_level

@@ -95,7 +95,7 @@ struct HeadTask {
     Buffer<float> grad_query;                         // [tokens][columns]
     Buffer<float> angles;
     Buffer<T> rows;
-    std::vector<float> lse2, delta;  // by query row: lse in log2, and D
+    std::vector<float> lse, delta;  // by query row: lse and D
     std::vector<int64_t> low, high;  // visible keys by query row
 
     HeadTask(const AttentionBackwardParams& params, int64_t query_tokens)
@@ -115,7 +115,7 @@ struct HeadTask {
           grad_query(allocate<float>(query.blocks * kRows * packed.panels.columns())),
           angles(allocate<float>(2 * std::max(f.rotation.pairs, 1))),
           rows(allocate<T>(std::max(kRows, kKeys) * f.head_dim)),
-          lse2(query.blocks * kRows),
+          lse(query.blocks * kRows),
           delta(query.blocks * kRows),
           low(query.blocks * kRows),
           high(query.blocks * kRows) {}
@@ -133,7 +133,7 @@ struct HeadTask {
             for (int r = 0; r < kRows; ++r) {
                 const int64_t i = block * kRows + r;
                 low[i] = high[i] = 0;
-                lse2[i] = kInfinity;
+                lse[i] = kInfinity;
                 delta[i] = 0.0f;
                 if (i >= tokens) {
                     std::memset(static_cast<void*>(rows.get() + r * d), 0, sizeof(T) * d);
@@ -142,7 +142,7 @@ struct HeadTask {
                 rotate(b, query_position(f, b, i), row_of<T>(f.query, b, head, query_row(f, b, i)), rows.get() + r * d);
                 visible_keys(f, b, i, &low[i], &high[i]);
                 const int64_t at = lse_index(f, b, head, i);
-                if (f.lse[at] != -kInfinity) lse2[i] = f.lse[at] * kLog2E;
+                if (f.lse[at] != -kInfinity) lse[i] = f.lse[at];
             }
             query.pack(block, rows.get(), d);
             for (int r = 0; r < kRows; ++r) {
@@ -179,7 +179,7 @@ struct HeadTask {
     // P and dS of a strip of rows, into the panels and rows that the three products over them read.
     void strip_gradients(int64_t first_row, int strip, int64_t first_key, int begin, int end) {
         const vi lane = iota();
-        const float factor = f.softcap > 0.0f ? f.softcap * kLog2E : f.scale * kLog2E;
+        const float factor = f.softcap > 0.0f ? f.softcap : f.scale;
         const int64_t panel_stride = int64_t{kRows / Math::kStep} * kPanelKeys;
         for (int r = 0; r < kTileRows; r += Math::kStep) {
             for (int c = begin; c < end; c += kLanes) {
@@ -192,7 +192,7 @@ struct HeadTask {
                         x = tanhv(x * (f.scale / f.softcap));
                         slope *= 1.0f - x * x;
                     }
-                    vf weight = exp2v(x * factor - lse2[row]);
+                    vf weight = exp2v((x * factor - lse[row]) * kLog2E);  // lse in base 2 would be rounded once more
                     const int64_t from = low[row] - first_key, to = high[row] - first_key;
                     if (c < from || c + kLanes > to) {
                         const vi column = lane + c;

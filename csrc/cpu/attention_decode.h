@@ -24,6 +24,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention_decode_int8.h"
 #include "parallel.h"
 #include "rows.h"
 #include "tile.h"
@@ -34,38 +35,18 @@ namespace {
 constexpr int kDecodeRows = 16;       // query rows of a key head that share a pass over the keys
 constexpr int kDecodeMostRows = 64;   // rows of a sequence: beyond, packing the keys once costs less than the passes
 constexpr int kDecodeGroup = 8;       // rows whose sums are in registers at once
-constexpr int kDecodeKeys = 32;       // keys that share a query rotation
+constexpr int kDecodeKeys = 32;       // keys that share a query rotation, where they are multiplied in floating point
+constexpr int kDecodeMostKeys = 64;   // the same in integers, whose tables take half the room
 constexpr int64_t kDecodeRun = 2048;  // keys of a task
-constexpr int kCacheLine = 64;
 
 // How the dims of a key are read: spread into a buffer first, from the row itself, or, as the compiler knows what to
 // add to an address, from a row of so many pairs that all rotate.
 constexpr int kSpread = -1, kInPlace = 0;
 
-static_assert(kKeyGroup % kDecodeKeys == 0 && kDecodeRun % kKeyGroup == 0);
-
-// Lane k of the result is the sum of the lanes of v[k].
-inline vf sums_of(const vf* v) {
-    vf level[kLanes];
-    for (int i = 0; i < kLanes; ++i) level[i] = v[i];
-    vi even, odd;
-    for (int i = 0; i < kLanes; ++i) {
-        even[i] = 2 * i;  // of two vectors side by side
-        odd[i] = 2 * i + 1;
-    }
-    for (int count = kLanes; count > 1; count /= 2)
-        for (int i = 0; i < count / 2; ++i)
-            level[i] = __builtin_shuffle(level[2 * i], level[2 * i + 1], even) +
-                       __builtin_shuffle(level[2 * i], level[2 * i + 1], odd);
-    return level[0];
-}
-
-inline void prefetch_row(const void* row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + at);
-}
+static_assert(kDecodeMostKeys % kDecodeKeys == 0 && kKeyGroup % kDecodeMostKeys == 0 && kDecodeRun % kKeyGroup == 0);
 
 // The largest row count up to `rows` that has code of its own.
-inline int decode_group(int rows) {
+constexpr int decode_group(int rows) {
     return rows >= 8 ? 8 : rows >= 6 ? 6 : std::min(rows, 4);
 }
 
@@ -73,6 +54,16 @@ inline int decode_group(int rows) {
 template <class T>
 constexpr bool multiplies_pairs() {
 #if defined(__AVX512BF16__)
+    return std::is_same_v<T, BFloat16>;
+#else
+    return false;
+#endif
+}
+
+// Whether int8 keys and values are multiplied in integers.
+template <class T>
+constexpr bool multiplies_integers() {
+#if defined(LONGROPE_INTEGER_DECODE)
     return std::is_same_v<T, BFloat16>;
 #else
     return false;
@@ -93,7 +84,9 @@ class Decoder {
           width(2 * half + rest),
           columns(pad(p.head_dim)),
           group(p.query_heads / p.key_heads),
-          in_place(!p.rotation.interleaved && pairs % kLanes == 0 && (p.head_dim - 2 * pairs) % kLanes == 0) {
+          in_place(!p.rotation.interleaved && pairs % kLanes == 0 && (p.head_dim - 2 * pairs) % kLanes == 0),
+          integers(multiplies_integers<T>() && quantised(p) && in_place && rest == 0 &&
+                   (half == 32 || half == 64 || half == 128)) {
         for (int64_t b : sequences) {
             first_task.push_back(first_task.back() + p.key_heads * row_groups(b) * runs(b));
             blocks = std::max(blocks, (std::min(p.key_length[b], kDecodeRun) + kDecodeKeys - 1) / kDecodeKeys);
@@ -129,12 +122,14 @@ class Decoder {
     const std::vector<int64_t>& sequences;
     int64_t pairs, half, rest, width, columns, group;
     bool in_place;  // rows are read where they lie; else they are spread into a buffer first
+    bool integers;  // int8 keys and values are multiplied as attention_decode_int8.h says
     int64_t most_rows = 0, regimes = 1;
     // Tasks are runs of keys, for each group of rows of each key head of each sequence: the first task of each
     // sequence.
     std::vector<int64_t> first_task = {0};
     int64_t blocks = 0;    // of a run, at most
     Buffer<float> tables;  // [regime][scaled or base][key of a block][cos of half, sin of half]
+    Buffer<int16_t> short_tables;  // [regime][scaled or base][key of a block][cos of half, sin of half], for `integers`
     Buffer<float> steps;   // [regime][block of a run][cos, sin]: of its distance to the run's beginning, backwards
 
     int64_t row_count(int64_t b) const { return group * query_count(p, b); }
@@ -143,6 +138,7 @@ class Decoder {
 
     static int64_t pad(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
     int64_t table_elements() const { return int64_t{kDecodeKeys} * 2 * half; }
+    int64_t short_table_elements() const { return int64_t{kDecodeMostKeys} * 2 * half; }
     int64_t step_elements() const { return blocks * 2 * half; }
 
     static Buffer<float> zeros(int64_t count) {
@@ -157,14 +153,22 @@ class Decoder {
         Buffer<float> query;      // the same, rotated for a block
         Buffer<float> angles;     // [2][half]
         Buffer<float> row;        // [width], a key spread out; [columns], its scales
-        Buffer<float> scores;     // [rows][kDecodeKeys], then probabilities in fp32 or bf16
+        Buffer<float> scores;     // [rows][kDecodeMostKeys], then probabilities in fp32, bf16 or int16
         Buffer<float> sums;       // [kDecodeGroup][kLanes vectors]
+        // Of `integers`: rows in the order of `unpacked`.
+        Buffer<int16_t> short_query;  // [rows][2 half], rotated for a block, times the scales of the pairs
+        Buffer<int16_t> ratios;       // [2 half], scales of the keys over those of the pairs
+        Buffer<float> pair_scales;    // [half], the larger scale of each pair over the largest of all
+        Buffer<float> pair_norms;     // [rows][half], squared, of the query over its largest value
+        float largest_scale;
+        int64_t scales_of = -1;  // the first key of the group whose scales are there
+        float largest_query[kDecodeRows], score_scales[kDecodeRows], weight_scales[kDecodeRows];
         int64_t b, head, first_row, low[kDecodeRows], high[kDecodeRows];
         int64_t run_begin = -1;  // the key whose angles `at_run` has
         int rows;
-        const void *keys[kDecodeKeys], *values[kDecodeKeys];
-        const void* next_keys[kDecodeKeys];  // of the block after this one, or of this one at the end
-        float value_scales[kDecodeKeys] = {};
+        const void *keys[kDecodeMostKeys], *values[kDecodeMostKeys];
+        const void* next_keys[kDecodeMostKeys];  // of the block after this one, or of this one at the end
+        float value_scales[kDecodeMostKeys] = {};
         vf row_sums[kDecodeRows];  // by lane, of a run so far
 
         explicit Workspace(const Decoder& d)
@@ -173,14 +177,19 @@ class Decoder {
               query(zeros(kDecodeRows * d.width)),
               angles(zeros(2 * d.half)),
               row(zeros(2 * d.width + 2 * kLanes)),
-              scores(zeros(kDecodeRows * kDecodeKeys)),
-              sums(zeros(kDecodeGroup * kLanes * kLanes)) {}
+              scores(zeros(kDecodeRows * kDecodeMostKeys)),
+              sums(zeros(kDecodeGroup * kLanes * kLanes)),
+              short_query(allocate<int16_t>(kDecodeRows * 2 * d.half)),
+              ratios(allocate<int16_t>(2 * d.half)),
+              pair_scales(zeros(d.half)),
+              pair_norms(zeros(kDecodeRows * d.half)) {}
 
         void begin(const AttentionParams& p, int64_t sequence, int64_t key_head, int64_t row, int64_t group) {
             b = sequence;
             head = key_head;
             first_row = row;
             run_begin = -1;
+            scales_of = -1;
             rows = static_cast<int>(std::min<int64_t>(group * query_count(p, b) - row, kDecodeRows));
             for (int r = 0; r < rows; ++r) visible_keys(p, b, (row + r) / group, &low[r], &high[r]);
         }
@@ -189,6 +198,7 @@ class Decoder {
     void fill_tables() {
         tables = zeros(regimes * 2 * table_elements());
         steps = zeros(regimes * step_elements());
+        if (integers) short_tables = allocate<int16_t>(regimes * 2 * short_table_elements());
         for (int64_t regime = 0; regime < regimes; ++regime) {
             const int64_t* scaled = p.rotation.turns + regime * pairs;
             const float factor = p.rotation.attention_factor[regime];
@@ -197,6 +207,7 @@ class Decoder {
                 const int64_t* turns = base ? p.rotation.base_turns + regime * pairs : scaled;
                 float* to = tables.get() + (2 * regime + base) * table_elements();
                 for (int key = 0; key < kDecodeKeys; ++key) fill_angles(to + key * 2 * half, key, turns, factor);
+                fill_short_table(short_tables.get() + (2 * regime + base) * short_table_elements(), turns);
             }
             float* to = steps.get() + regime * step_elements();
             for (int64_t block = 0; block < blocks; ++block)
@@ -210,6 +221,20 @@ class Decoder {
             to[i] = value.cos * factor;
             to[half + i] = value.sin * factor;
         }
+    }
+
+    // cos and sin, without the attention factor, as multiples of 2^-kTurnBits.
+    void fill_short_table(int16_t* to, const int64_t* turns) const {
+#if defined(LONGROPE_INTEGER_DECODE)
+        if (!integers) return;
+        Buffer<float> exact = zeros(2 * half);
+        for (int key = 0; key < kDecodeMostKeys; ++key) {
+            fill_angles(exact.get(), key, turns, 1 << kTurnBits);
+            store_short_row(to + key * 2 * half, [&](int64_t at) { return load<vf>(exact.get() + at); });
+        }
+#else
+        (void)to, (void)turns;
+#endif
     }
 
     // Dims of a row as fp32: the first of each pair, the second, and what does not rotate.
@@ -230,8 +255,131 @@ class Decoder {
             const int64_t row = w.first_row + r;
             spread(row_of<T>(p.query, w.b, w.head * group + row % group, query_row(p, w.b, row / group)),
                    w.unrotated.get() + r * width);
+            if (integers) measure_query(w, r);
         }
     }
+
+    // The largest value of a query row and the squared norms of its pairs.
+    void measure_query(Workspace& w, int r) const {
+        const float* query = w.unrotated.get() + r * width;
+        vf top = splat(0.0f);
+        for (int64_t i = 0; i < width; i += kLanes) top = vmax(vmax(load<vf>(query + i), -load<vf>(query + i)), top);
+        w.largest_query[r] = reduce_max(top);
+        const float inverse = inverse_of(w.largest_query[r]);
+        for (int64_t i = 0; i < half; i += kLanes) {
+            const vf a = load<vf>(query + i) * inverse, b = load<vf>(query + half + i) * inverse;
+            store(w.pair_norms.get() + r * half + i, a * a + b * b);
+        }
+    }
+
+#if defined(LONGROPE_INTEGER_DECODE)
+    // What rows of 2 half dims are unpacked from.
+    int unpacked_bytes() const { return half % kIntegerBytes == 0 ? kIntegerBytes : 32; }
+
+    // A row of int16 in the order in which keys are unpacked, of vectors dims(at).
+    template <class Dims>
+    void store_short_row(int16_t* to, const Dims& dims) const {
+        for (int64_t at = 0; at < 2 * half; at += kLanes) {
+            if (unpacked_bytes() == kIntegerBytes)
+                store_unpacked<kIntegerBytes>(to, at, dims(at));
+            else
+                store_unpacked<32>(to, at, dims(at));
+        }
+    }
+
+    // The scales of a group of keys, as those of the pairs, which go to the query, and what is left for the keys.
+    void split_scales(Workspace& w, const float* scales) const {
+        vf top = splat(0.0f), poison = splat(0.0f);
+        for (int64_t i = 0; i < half; i += kLanes) {
+            const vf pair = vmax(load<vf>(scales + i), load<vf>(scales + half + i));
+            poison += (load<vf>(scales + i) + load<vf>(scales + half + i)) * 0.0f;
+            top = vmax(top, pair);
+            store(w.pair_scales.get() + i, pair);
+        }
+        store_short_row(w.ratios.get(), [&](int64_t at) {
+            const vf pair = load<vf>(w.pair_scales.get() + at % half);
+            return pair > 0.0f ? load<vf>(scales + at) / pair * float{1 << kTurnBits} : splat(0.0f);
+        });
+        w.largest_scale = reduce_max(top);
+        const float inverse = inverse_of(w.largest_scale);
+        for (int64_t i = 0; i < half; i += kLanes)
+            store(w.pair_scales.get() + i, load<vf>(w.pair_scales.get() + i) * inverse);
+        w.largest_scale += reduce_add(poison);
+    }
+
+    // The rotated query rows, times the scales of the pairs, as int16 of the largest norm that sums allow.
+    void round_queries(Workspace& w) const {
+        const float factor = p.rotation.attention_factor[p.rotation.regime_index[w.b]];
+        const float most = most_query_norm(p.head_dim);
+        for (int r = 0; r < w.rows; ++r) {
+            vf squares = splat(0.0f);
+            for (int64_t i = 0; i < half; i += kLanes) {
+                const vf scale = load<vf>(w.pair_scales.get() + i);
+                squares += scale * scale * load<vf>(w.pair_norms.get() + r * half + i);
+            }
+            const float norm = std::sqrt(reduce_add(squares));
+            float inverse = inverse_of(w.largest_query[r] * factor) * inverse_of(norm) * most;
+            if (std::isinf(inverse)) inverse = 0.0f;  // products below 1e-33 of the scales count as 0
+            const float* query = w.query.get() + r * width;
+            store_short_row(w.short_query.get() + r * 2 * half, [&](int64_t at) {
+                return load<vf>(query + at) * (load<vf>(w.pair_scales.get() + at % half) * inverse);
+            });
+            // Not a number where the norm or a scale is none.
+            w.score_scales[r] =
+                w.largest_query[r] * w.largest_scale * norm * (factor * factor / (most * (1 << kKeyBits)));
+        }
+    }
+
+    // Weights as int16 of the block's largest, in the place of the scores.
+    template <int Vectors>
+    void round_weights(Workspace& w, int r, const vf* x) const {
+        vu top = {};  // none is negative, so that their bits are in order, those of a NaN above all
+        for (int n = 0; n < Vectors; ++n) {
+            const vu bits = (vu)x[n];
+            top = bits > top ? bits : top;
+        }
+        for (int step = kLanes / 2; step; step /= 2) {
+            const vu other = (vu)turned((vf)top, step);
+            top = other > top ? other : top;
+        }
+        const float most = ((vf)top)[0];
+        const float inverse = inverse_of(most) * kMostInt16;
+        w.weight_scales[r] = most * (1.0f / kMostInt16);
+        int16_t* weights = reinterpret_cast<int16_t*>(w.scores.get() + r * kDecodeMostKeys);
+        for (int n = 0; n < Vectors; ++n) store_int16(weights + n * kLanes, x[n] * inverse);
+    }
+
+    template <int R>
+    void add_integers(Workspace& w, int row, int count, float* out) const {
+        const int16_t* weights = reinterpret_cast<const int16_t*>(w.scores.get() + row * kDecodeMostKeys);
+        const auto call = [&](auto add) {
+            add(w.values, count, p.head_dim, weights, 2 * kDecodeMostKeys, w.weight_scales + row, out + row * columns,
+                columns, row == 0 ? w.next_keys : nullptr);
+        };
+        if (p.head_dim % kIntegerBytes == 0)
+            call(add_int8<R, kIntegerBytes>);
+        else
+            call(add_int8<R, 32>);
+    }
+
+    template <int R>
+    void score_integers(Workspace& w, int row, int count, bool base) const {
+        const int16_t* table = short_tables.get() + (2 * p.rotation.regime_index[w.b] + base) * short_table_elements();
+        const int16_t* query = w.short_query.get() + row * 2 * half;
+        const void* const* ahead = row == 0 ? w.values : nullptr;
+        const auto call = [&](auto score) {
+            score(w.keys, count, table, w.ratios.get(), query, w.score_scales + row,
+                  w.scores.get() + row * kDecodeMostKeys, kDecodeMostKeys, ahead);
+        };
+        constexpr int kWide = kIntegerBytes;
+        if (half == 32)
+            call(score_int8<R, 32, 1>);
+        else if (half == 64)
+            call(score_int8<R, kWide, 64 / kWide>);
+        else
+            call(score_int8<R, kWide, 128 / kWide>);
+    }
+#endif
 
     // Query rows rotated for a block that begins at key `key`: from the exact angles of the run's beginning by a step
     // that all runs share, or, where frequencies differ on the way, by exact angles of their own.
@@ -302,7 +450,7 @@ class Decoder {
             for (lane = here; lane < kLanes; ++lane)
                 for (int r = 0; r < R; ++r) sums[r * kLanes + lane] = splat(0.0f);
             for (int r = 0; r < R; ++r)
-                store(w.scores.get() + (first_row + r) * kDecodeKeys + k, sums_of(sums + r * kLanes));
+                store(w.scores.get() + (first_row + r) * kDecodeMostKeys + k, lane_sums(sums + r * kLanes));
         }
     }
 
@@ -401,7 +549,7 @@ class Decoder {
         };
 #if defined(__AVX512BF16__)
         if constexpr (multiplies_pairs<T>()) {
-            const uint32_t* weights = reinterpret_cast<const uint32_t*>(w.scores.get() + first_row * kDecodeKeys);
+            const uint32_t* weights = reinterpret_cast<const uint32_t*>(w.scores.get() + first_row * kDecodeMostKeys);
             for (int k = 0; k < count; k += 2) {
                 const S* low = row_of_key(k, 0);
                 const S* high = row_of_key(std::min(k + 1, count - 1), 1);  // its weight is 0 past the end
@@ -418,7 +566,7 @@ class Decoder {
                 }
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
-                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[r * kDecodeKeys + k / 2]);
+                    const __m512bh weight = (__m512bh)_mm512_set1_epi32(weights[r * kDecodeMostKeys + k / 2]);
 #pragma GCC unroll 4
                     for (int n = 0; n < Wide; ++n) acc[r][n] = _mm512_dpbf16_ps(acc[r][n], weight, value[n]);
                 }
@@ -433,7 +581,7 @@ class Decoder {
                 for (int n = 0; n < Wide; ++n) value[n] = widen_lanes(row + n * kLanes);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
-                    const vf weight = splat(w.scores[(first_row + r) * kDecodeKeys + k]);
+                    const vf weight = splat(w.scores[(first_row + r) * kDecodeMostKeys + k]);
 #pragma GCC unroll 4
                     for (int n = 0; n < Wide; ++n) acc[r][n] = value[n] * weight + acc[r][n];
                 }
@@ -474,30 +622,21 @@ class Decoder {
     }
 #endif
 
-    template <class Call>
-    void by_group(int rows, const Call& call) const {
+    // Calls call(first row, rows as a constant) for groups of at most `Most` rows.
+    template <int Most = kDecodeGroup, class Call>
+    static void by_group(int rows, const Call& call) {
         for (int first = 0, size; first < rows; first += size) {
-            size = decode_group(rows - first);
-            switch (size) {
-                case 1:
-                    call(first, std::integral_constant<int, 1>());
-                    break;
-                case 2:
-                    call(first, std::integral_constant<int, 2>());
-                    break;
-                case 3:
-                    call(first, std::integral_constant<int, 3>());
-                    break;
-                case 4:
-                    call(first, std::integral_constant<int, 4>());
-                    break;
-                case 6:
-                    call(first, std::integral_constant<int, 6>());
-                    break;
-                default:
-                    call(first, std::integral_constant<int, 8>());
-                    break;
-            }
+            size = decode_group(std::min(rows - first, Most));
+            const auto is = [&](auto constant) {
+                if constexpr (constant.value <= Most)
+                    if (size == constant.value) call(first, constant);
+            };
+            is(std::integral_constant<int, 1>());
+            is(std::integral_constant<int, 2>());
+            is(std::integral_constant<int, 3>());
+            is(std::integral_constant<int, 4>());
+            is(std::integral_constant<int, 6>());
+            is(std::integral_constant<int, 8>());
         }
     }
 
@@ -518,15 +657,35 @@ class Decoder {
         spread_queries(w);
         for (int r = 0; r < w.rows; ++r) w.row_sums[r] = splat(0.0f);
         const int64_t length = p.key_length[w.b], start = p.rotation.start_tokens[p.rotation.regime_index[w.b]];
-        // Blocks begin at multiples of kDecodeKeys whatever is visible, and once more at n-hat.
-        for (int64_t key = first / kDecodeKeys * kDecodeKeys; key < last;) {
+        // Blocks begin at multiples of their size whatever is visible, and once more at n-hat.
+        const int64_t integer_keys = integers ? quantised_keys(p, w.b) : 0;
+        for (int64_t key = first / kDecodeMostKeys * kDecodeMostKeys; key < last;) {
             const bool base = key < start;
-            int64_t end = std::min((key / kDecodeKeys + 1) * kDecodeKeys, length);
+            const int64_t size = key < integer_keys ? kDecodeMostKeys : kDecodeKeys;
+            int64_t end = std::min((key / size + 1) * size, length);
             if (base) end = std::min(end, start);
             attend_block(w, key, static_cast<int>(end - key), base, largest, out);
             key = end;
         }
         for (int r = 0; r < w.rows; ++r) sums[r] = reduce_add(w.row_sums[r]);
+#if defined(LONGROPE_INTEGER_DECODE)
+        if (integers)
+            for (int r = 0; r < w.rows; ++r) {
+                if (p.head_dim % kIntegerBytes == 0)
+                    in_order_of_dims<kIntegerBytes>(out + r * columns, p.head_dim);
+                else
+                    in_order_of_dims<32>(out + r * columns, p.head_dim);
+            }
+#endif
+    }
+
+    // Where the rows of keys lie, or of their values.
+    template <class S>
+    void fill_rows(const Operand& x, const Workspace& w, int64_t key, int count, const void** rows) const {
+        for_slots(p, w.b, key, count, [&](int k, int run, const Slot& slot) {
+            const S* row = row_of<S>(x, slot.outer, w.head, slot.token);
+            for (int i = 0; i < run; ++i) rows[k + i] = row + i * x.token_stride;
+        });
     }
 
     // Where the rows of the next keys lie, to ask for them early; of these keys again where there are no more.
@@ -534,26 +693,23 @@ class Decoder {
     void look_ahead(Workspace& w, int64_t key, int count) const {
         const int64_t length = quantised(p) ? quantised_keys(p, w.b) : p.key_length[w.b];
         const int ahead = static_cast<int>(std::clamp<int64_t>(length - key - count, 0, count));
-        for_slots(p, w.b, key + count, ahead,
-                  [&](int k, const Slot& slot) { w.next_keys[k] = row_of<S>(p.key, slot.outer, w.head, slot.token); });
+        fill_rows<S>(p.key, w, key + count, ahead, w.next_keys);
         for (int k = ahead; k < count; ++k) w.next_keys[k] = w.keys[k];
     }
 
     void attend_block(Workspace& w, int64_t key, int count, bool base, float* largest, float* out) const {
         if (!quantised(p)) {
-            for_slots(p, w.b, key, count, [&](int k, const Slot& slot) {
-                w.keys[k] = row_of<T>(p.key, slot.outer, w.head, slot.token);
-                w.values[k] = row_of<T>(p.value, slot.outer, w.head, slot.token);
-            });
+            fill_rows<T>(p.key, w, key, count, w.keys);
+            fill_rows<T>(p.value, w, key, count, w.values);
             look_ahead<T>(w, key, count);
             return attend_block_of<T, T>(w, key, count, base, nullptr, largest, out);
         }
-        for_slots(p, w.b, key, count, [&](int k, const Slot& slot) {
-            w.keys[k] = row_of<int8_t>(p.key, slot.outer, w.head, slot.token);
-            w.values[k] = row_of<int8_t>(p.value, slot.outer, w.head, slot.token);
-            w.value_scales[k] = value_scale(p, slot, w.head);
+        fill_rows<int8_t>(p.key, w, key, count, w.keys);
+        fill_rows<int8_t>(p.value, w, key, count, w.values);
+        for_slots(p, w.b, key, count, [&](int k, int run, const Slot& slot) {
+            std::memcpy(w.value_scales + k, value_scales(p, slot, w.head), sizeof(float) * run);
         });
-        std::fill(w.value_scales + count, w.value_scales + kDecodeKeys, 0.0f);
+        std::fill(w.value_scales + count, w.value_scales + kDecodeMostKeys, 0.0f);
         if (key >= quantised_keys(p, w.b)) {
             for (int k = 0; k < count; ++k) w.keys[k] = row_of<T>(p.pages.key_tail, w.b, w.head, (key + k) % kKeyGroup);
             look_ahead<int8_t>(w, key, count);
@@ -561,44 +717,70 @@ class Decoder {
         }
         look_ahead<int8_t>(w, key, count);
         float* scales = w.row.get() + width;
-        spread(key_scale(p, slot_of(p, w.b, key), w.head), scales);
+        if (const int64_t of = key / kKeyGroup * kKeyGroup; w.scales_of != of) {
+            spread(key_scale(p, slot_of(p, w.b, key), w.head), scales);
+#if defined(LONGROPE_INTEGER_DECODE)
+            if (integers) split_scales(w, scales);
+#endif
+            w.scales_of = of;
+        }
         attend_block_of<int8_t, int8_t>(w, key, count, base, scales, largest, out);
     }
 
     template <class KeyT, class ValueT>
     void attend_block_of(Workspace& w, int64_t key, int count, bool base, const float* scales, float* largest,
                          float* out) const {
-        const float* table = tables.get() + (2 * p.rotation.regime_index[w.b] + base) * table_elements();
+        const int64_t regime = p.rotation.regime_index[w.b];
+        const float* table = tables.get() + (2 * regime + base) * table_elements();
         rotate_queries(w, key, base);
-        by_group(w.rows, [&](int row, auto size) {
-            if (!in_place)
-                score_group<size.value, KeyT, kSpread>(w, row, count, table, scales);
-            else if (rest == 0 && half == 64)
-                score_group<size.value, KeyT, 64>(w, row, count, table, scales);
-            else if (rest == 0 && half == 32)
-                score_group<size.value, KeyT, 32>(w, row, count, table, scales);
-            else
-                score_group<size.value, KeyT, kInPlace>(w, row, count, table, scales);
-        });
-        bool whole = p.softcap == 0.0f;
-        for (int r = 0; r < w.rows; ++r) whole &= w.low[r] <= key && key + count <= w.high[r];
-        for (int r = 0; r < w.rows; ++r) {
-            if (whole && count == kDecodeKeys)
-                softmax_row<true>(w, r, key, count, std::is_same_v<ValueT, int8_t>, largest, out + r * columns);
-            else
-                softmax_row<false>(w, r, key, count, std::is_same_v<ValueT, int8_t>, largest, out + r * columns);
+        constexpr bool kInt8Keys = std::is_same_v<KeyT, int8_t>, kInt8Values = std::is_same_v<ValueT, int8_t>;
+#if defined(LONGROPE_INTEGER_DECODE)
+        if (kInt8Keys && integers) {
+            round_queries(w);
+            by_group(w.rows, [&](int row, auto size) { score_integers<size.value>(w, row, count, base); });
+        } else
+#endif
+            by_group(w.rows, [&](int row, auto size) {
+                if (!in_place)
+                    score_group<size.value, KeyT, kSpread>(w, row, count, table, scales);
+                else if (rest == 0 && half == 64)
+                    score_group<size.value, KeyT, 64>(w, row, count, table, scales);
+                else if (rest == 0 && half == 32)
+                    score_group<size.value, KeyT, 32>(w, row, count, table, scales);
+                else
+                    score_group<size.value, KeyT, kInPlace>(w, row, count, table, scales);
+            });
+        const auto softmax = [&](auto keys) {
+            bool whole = p.softcap == 0.0f && count == keys.value;
+            for (int r = 0; r < w.rows; ++r) whole &= w.low[r] <= key && key + count <= w.high[r];
+            for (int r = 0; r < w.rows; ++r) {
+                if (whole)
+                    softmax_row<keys.value, true, kInt8Values>(w, r, key, count, largest, out + r * columns);
+                else
+                    softmax_row<keys.value, false, kInt8Values>(w, r, key, count, largest, out + r * columns);
+            }
+        };
+        if (count > kDecodeKeys)
+            softmax(std::integral_constant<int, kDecodeMostKeys>());
+        else
+            softmax(std::integral_constant<int, kDecodeKeys>());
+#if defined(LONGROPE_INTEGER_DECODE)
+        if (kInt8Values && integers) {
+            by_group<kInt8Rows>(w.rows, [&](int row, auto size) { add_integers<size.value>(w, row, count, out); });
+            return;
         }
+#endif
         by_group(w.rows, [&](int row, auto size) { add_values<size.value, ValueT>(w, row, count, out); });
     }
 
     // Scores of a row become weights of the values, and what was summed before is scaled to the new maximum.
-    // Whole: all kDecodeKeys are there and visible, and there is no softcap.
-    template <bool Whole>
-    void softmax_row(Workspace& w, int r, int64_t key, int count, bool scaled_values, float* largest,
-                     float* out) const {
-        constexpr int kVectors = kDecodeKeys / kLanes;
+    // Keys: of a block, at most. Whole: all are there and visible, and there is no softcap.
+    // Int8Values: weights are multiplied by the values' scales.
+    template <int Keys, bool Whole, bool Int8Values>
+    void softmax_row(Workspace& w, int r, int64_t key, int count, float* largest, float* out) const {
+        constexpr int kVectors = Keys / kLanes;
         const vf hidden = splat(-std::numeric_limits<float>::infinity());
-        float* scores = w.scores.get() + r * kDecodeKeys;
+        float* scores = w.scores.get() + r * kDecodeMostKeys;
         vf x[kVectors];
         vf top = hidden;
         for (int n = 0; n < kVectors; ++n) {
@@ -627,11 +809,16 @@ class Decoder {
         for (int n = 0; n < kVectors; ++n) {
             x[n] = exp2v(x[n] - shift);
             sum += x[n];
-            if (scaled_values) x[n] *= load<vf>(w.value_scales + n * kLanes);
-            store(scores + n * kLanes, x[n]);
+            if constexpr (Int8Values) x[n] *= load<vf>(w.value_scales + n * kLanes);
         }
+#if defined(LONGROPE_INTEGER_DECODE)
+        if (Int8Values && integers) return round_weights<kVectors>(w, r, x);
+#endif
+        for (int n = 0; n < kVectors; ++n) store(scores + n * kLanes, x[n]);
 #if defined(__AVX512BF16__)
-        if constexpr (multiplies_pairs<T>()) store(scores, (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]));
+        if constexpr (multiplies_pairs<T>())
+            for (int n = 0; n < kVectors; n += 2)
+                store(scores + n / 2 * kLanes, (__m512i)_mm512_cvtne2ps_pbh(x[n + 1], x[n]));
 #endif
     }
 
@@ -655,7 +842,8 @@ class Decoder {
             T* to = const_cast<T*>(row_of<T>(p.out, b, query_head, query_row(p, b, i)));
             for (int64_t d = 0; d < p.head_dim; ++d) narrow(seen ? total[d] / sum : 0.0f, to + d);
             p.lse[lse_index(p, b, query_head, i)] =
-                seen ? (top + std::log2(sum)) * kLn2 : -std::numeric_limits<float>::infinity();
+                seen ? static_cast<float>(top * natural_units(p) + std::log(static_cast<double>(sum)))
+                     : -std::numeric_limits<float>::infinity();
         }
     }
 };

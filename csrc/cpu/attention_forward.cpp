@@ -132,7 +132,7 @@ __attribute__((noinline)) void softmax_strip(const AttentionParams& p, Workspace
         const float shift = now == -kInfinity ? 0.0f : now;
         const float scale = before == -kInfinity ? 0.0f : exp2v(splat((before - shift) * multiplier))[0];
         scales[r] = scale;
-        vf sum = load<vf>(w.sums[row]) * scale;
+        vf sum = splat(0.0f);
         if constexpr (Math::kStep == 1) {
             float* to = w.probabilities.get() + r * kKeyBlock;
             for (int c = begin; c < end; c += kLanes) {
@@ -152,7 +152,7 @@ __attribute__((noinline)) void softmax_strip(const AttentionParams& p, Workspace
             }
 #endif
         }
-        store(w.sums[row], sum);
+        store(w.sums[row], load<vf>(w.sums[row]) * scale + sum);
     }
 }
 
@@ -231,7 +231,7 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& pac
         }
     }
 
-    const float multiplier = log2_multiplier(p);
+    const double natural = natural_units(p) * log2_multiplier(p);
     T* out = static_cast<T*>(p.out.data) + b * p.out.batch_stride;
     for (int r = 0; r < rows; ++r) {
         const int64_t i = (first_row + r) / group, query_head = head * group + (first_row + r) % group;
@@ -241,7 +241,7 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& pac
         const float* from = w.out.get() + r * columns;
         const bool seen = sum != 0.0f;  // also where a score is not a number: then neither is the result
         for (int64_t d = 0; d < p.head_dim; ++d) narrow(seen ? from[d] * inverse : 0.0f, to + d);
-        p.lse[lse_index(p, b, query_head, i)] = seen ? (w.largest[r] * multiplier + std::log2(sum)) * kLn2 : -kInfinity;
+        p.lse[lse_index(p, b, query_head, i)] = seen ? static_cast<float>(w.largest[r] * natural + std::log(static_cast<double>(sum))) : -kInfinity;
     }
 }
 

@@ -58,15 +58,21 @@ inline Slot slot_of(const AttentionParams& p, int64_t b, int64_t index) {
     return p.pages.block_table ? slot_of(p.pages, b, index) : Slot{b, p.key_start[b] + index};
 }
 
-// Calls call(k, slot) with the slots of keys first + k, k in [0, count): one division a page.
+// Calls call(k, run, slot) for each run of keys first + k, ... that lie in a row, k + run <= count: one division a page.
 template <class Call>
 inline void for_slots(const AttentionParams& p, int64_t b, int64_t first, int count, const Call& call) {
-    for (int k = 0, end; k < count;) {
-        Slot slot = slot_of(p, b, first + k);
-        end = count;
-        if (p.pages.block_table) end = static_cast<int>(std::min<int64_t>(end, k + p.pages.page_tokens - slot.token));
-        for (; k < end; ++k, ++slot.token) call(k, slot);
+    for (int k = 0, run; k < count; k += run) {
+        const Slot slot = slot_of(p, b, first + k);
+        run = count - k;
+        if (p.pages.block_table) run = static_cast<int>(std::min<int64_t>(run, p.pages.page_tokens - slot.token));
+        call(k, run, slot);
     }
+}
+
+// What 1 of a score in log2 is as a natural one, given how the factor between them is rounded.
+inline double natural_units(const AttentionParams& p) {
+    const float natural = p.softcap > 0.0f ? p.softcap : p.scale, binary = natural * kLog2E;
+    return binary == 0.0f ? 1.0 : static_cast<double>(natural) / binary;
 }
 
 // Where the scales of a slot lie: those of the channels of its group of keys, and that of its value.
@@ -94,8 +100,9 @@ inline const float* key_scale(const AttentionParams& p, const Slot& slot, int64_
     return p.pages.key_scale + key_scale_index(p.pages, slot, p.key_heads, head, p.head_dim);
 }
 
-inline float value_scale(const AttentionParams& p, const Slot& slot, int64_t head) {
-    return p.pages.value_scale[value_scale_index(p.pages, slot, p.key_heads, head)];
+// Scales of the value in a slot and of those after it in the page.
+inline const float* value_scales(const AttentionParams& p, const Slot& slot, int64_t head) {
+    return p.pages.value_scale + value_scale_index(p.pages, slot, p.key_heads, head);
 }
 
 // Rotates key `index` and rounds it to T. `wide`: float[head_dim], for quantised keys.
@@ -133,7 +140,7 @@ const T* value_rows(const AttentionParams& p, int64_t b, int64_t head, int64_t f
         T* to = buffer + k * p.head_dim;
         if (quantised(p)) {
             const int8_t* row = row_of<int8_t>(p.value, slot.outer, head, slot.token);
-            const float scale = value_scale(p, slot, head);
+            const float scale = *value_scales(p, slot, head);
             for (int64_t d = 0; d < p.head_dim; ++d) narrow(row[d] * scale, to + d);
         } else {
             std::memcpy(static_cast<void*>(to), row_of<T>(p.value, slot.outer, head, slot.token),

@@ -13,8 +13,6 @@ namespace longrope {
 namespace {
 
 constexpr int kPanelKeys = kTileVectors * kLanes;
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 // Products in fp32: one step of a product is one element.
 struct Fp32Math {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -27,6 +28,8 @@ constexpr int kLanes = 4;
 constexpr int kTileVectors = 2;
 #endif
 constexpr int kTileRows = 6;
+constexpr int kCacheLine = 64;
+constexpr float kLog2E = 1.44269504088896341f;
 
 typedef float vf __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
@@ -92,6 +95,15 @@ inline float reduce_max(vf v) {
     return v[0];
 }
 
+// 1 / x; 0 where that is no number: x is too small to count.
+inline float inverse_of(float x) {
+    return x >= 1.0f / std::numeric_limits<float>::max() ? 1.0f / x : 0.0f;
+}
+
+inline void prefetch_row(const void* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + at);
+}
+
 // Pairwise, so that the order of additions is the same at every call.
 inline float reduce_add(vf v) {
     for (int half = kLanes / 2; half; half /= 2) v += turned(v, half);
@@ -139,6 +151,38 @@ inline vf tanhv(vf x) {
             (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * (0.0218694885f + x2 * -0.00886323553f))));
     const vf value = magnitude < 0.25f ? near : far;
     return x < 0.0f ? -value : value;
+}
+
+// Lane k of the result is the sum of the lanes of v[k], for as many vectors of 4-byte numbers as there are lanes. Four
+// vectors become one within their 16-byte parts, and those are added across.
+template <class V>
+inline V lane_sums(const V* v) {
+    constexpr int kCount = sizeof(V) / 4;
+    typedef decltype(V() < V()) Lanes;  // integers
+    V level[kCount];
+    Lanes low4, high4, low8, high8;  // halves of the 16-byte parts, interleaved by one number and by two
+    for (int i = 0; i < kCount; ++i) {
+        const int part = i / 4 * 4, at = i % 4;
+        low4[i] = part + at / 2 + at % 2 * kCount;
+        high4[i] = low4[i] + 2;
+        low8[i] = part + at % 2 + at / 2 * kCount;
+        high8[i] = low8[i] + 2;
+    }
+    for (int i = 0; i < kCount; i += 4) {
+        const V a = __builtin_shuffle(v[i], v[i + 1], low4) + __builtin_shuffle(v[i], v[i + 1], high4);
+        const V b = __builtin_shuffle(v[i + 2], v[i + 3], low4) + __builtin_shuffle(v[i + 2], v[i + 3], high4);
+        level[i / 4] = __builtin_shuffle(a, b, low8) + __builtin_shuffle(a, b, high8);
+    }
+    Lanes even, odd;  // parts of two vectors side by side
+    for (int i = 0; i < kCount; ++i) {
+        even[i] = i / 4 * 8 + i % 4;
+        odd[i] = even[i] + 4;
+    }
+    for (int count = kCount / 4; count > 1; count /= 2)
+        for (int i = 0; i < count / 2; ++i)
+            level[i] = __builtin_shuffle(level[2 * i], level[2 * i + 1], even) +
+                       __builtin_shuffle(level[2 * i], level[2 * i + 1], odd);
+    return level[0];
 }
 
 struct BFloat16 {
