@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import longrope_kernels as lk
+from longrope_kernels.backends import cpu
 
 from . import peers
 
@@ -58,6 +59,13 @@ class Work:
     read_bytes: float = 0.0
     differences: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+
+
+def in_huge_pages(x: Tensor) -> Tensor:
+    """Return a copy of x in huge pages where the system has them, as our caches lie; all sides read the same memory."""
+    copy = torch.empty_like(x, requires_grad=False)
+    cpu.advise_huge_pages(copy)
+    return copy.copy_(x.detach())
 
 
 def tolerance(shape: Shape) -> float:
@@ -187,7 +195,7 @@ def training(shape: Shape, compile: bool = True) -> Work:
 def decode(shape: Shape, compile: bool = True) -> Work:
     """One query over a cache: ours holds keys before rotation, the peers' after it."""
     other = peers.Transformers(shape.heads, shape.key_heads, shape.head_dim)
-    query, key, value = _operands(shape, query_tokens=1)
+    query, key, value = (in_huge_pages(x) for x in _operands(shape, query_tokens=1))
     position = torch.tensor([[shape.tokens - 1]])
     rotated = _rotated_cache(other, key)
     arguments = (query, rotated, value, position)
@@ -223,6 +231,7 @@ def decode_int8(shape: Shape) -> Work:
 def _rotated_cache(other: peers.Transformers, key: Tensor, part: int = 8192) -> Tensor:
     """Rotate keys in parts, as decoding appended them."""
     rotated = torch.empty_like(key)
+    cpu.advise_huge_pages(rotated)
     with torch.no_grad():
         for first in range(0, key.shape[2], part):
             some = key[:, :, first : first + part]

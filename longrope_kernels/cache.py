@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from . import checks, ops_packed
+from .backends import cpu
 from .bundles import KEY_GROUP, Pages
 from .errors import refuse
 from .functional import append_counts, attention_paged, page_fields
 from .rope import LongRope, RopeScaling
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros, in huge pages where the system has them: they are asked for before the memory is written."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    cpu.advise_huge_pages(x)
+    return x.zero_()
 
 
 class KVCache:
@@ -75,8 +83,8 @@ class KVCache:
         if not self.paged:
             table[:] = torch.arange(batch, device=device).unsqueeze(1)
         self.pages = Pages(
-            torch.zeros(shape, dtype=storage, device=device),
-            torch.zeros(shape, dtype=storage, device=device),
+            _zeros(shape, storage, device),
+            _zeros(shape, storage, device),
             table,
             torch.zeros(batch, dtype=torch.int64, device=device),
             torch.zeros(pages, key_heads, page_tokens // KEY_GROUP, head_dim, device=device) if quantised else None,

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../cpu/kernels.h"
+#include "../cpu/memory.h"
 #include "../cpu/parallel.h"
 #include "../cpu/probes.h"
 #include "arguments.h"
@@ -80,6 +81,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("calls", &calls_by_level, "how many calls each of `levels` has served");
     m.attr("SANITIZED") = kSanitized;
     m.def("thread_pool", &thread_pool_name, "where kernels run: 'openmp' (the process's own pool) or 'threads'");
+    m.def(
+        "advise_huge_pages",
+        [](uintptr_t data, int64_t bytes) { return advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
+        py::arg("data"), py::arg("bytes"), "ask for huge pages in this memory; whether the system has any to give");
     m.def("probe_fma", &probe_fma, py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
           "fp32 multiply-adds on registers alone, in GFLOP/s");
     m.def("probe_bf16", &probe_bf16, py::arg("threads"), py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),

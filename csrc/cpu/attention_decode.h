@@ -127,10 +127,10 @@ class Decoder {
     // Tasks are runs of keys, for each group of rows of each key head of each sequence: the first task of each
     // sequence.
     std::vector<int64_t> first_task = {0};
-    int64_t blocks = 0;    // of a run, at most
-    Buffer<float> tables;  // [regime][scaled or base][key of a block][cos of half, sin of half]
+    int64_t blocks = 0;            // of a run, at most
+    Buffer<float> tables;          // [regime][scaled or base][key of a block][cos of half, sin of half]
     Buffer<int16_t> short_tables;  // [regime][scaled or base][key of a block][cos of half, sin of half], for `integers`
-    Buffer<float> steps;   // [regime][block of a run][cos, sin]: of its distance to the run's beginning, backwards
+    Buffer<float> steps;  // [regime][block of a run][cos, sin]: of its distance to the run's beginning, backwards
 
     int64_t row_count(int64_t b) const { return group * query_count(p, b); }
     int64_t row_groups(int64_t b) const { return (row_count(b) + kDecodeRows - 1) / kDecodeRows; }
@@ -366,7 +366,7 @@ class Decoder {
     void score_integers(Workspace& w, int row, int count, bool base) const {
         const int16_t* table = short_tables.get() + (2 * p.rotation.regime_index[w.b] + base) * short_table_elements();
         const int16_t* query = w.short_query.get() + row * 2 * half;
-        const void* const* ahead = row == 0 ? w.values : nullptr;
+        const Ahead ahead = row == 0 ? Ahead{w.values, w.next_keys} : Ahead{};
         const auto call = [&](auto score) {
             score(w.keys, count, table, w.ratios.get(), query, w.score_scales + row,
                   w.scores.get() + row * kDecodeMostKeys, kDecodeMostKeys, ahead);
@@ -443,7 +443,10 @@ class Decoder {
             int lane = 0;
             for (; lane + kTogether <= here; lane += kTogether) {
                 if (first_row == 0)
-                    for (int j = 0; j < kTogether; ++j) prefetch_row(w.values[k + lane + j], bytes);
+                    for (int j = 0; j < kTogether; ++j) {
+                        prefetch_row(w.values[k + lane + j], 0, bytes);
+                        prefetch_row(w.next_keys[k + lane + j], 0, bytes / 2);
+                    }
                 score_keys<R, S, Form, kTogether>(w, query, k + lane, table, scales, sums + lane);
             }
             for (; lane < here; ++lane) score_keys<R, S, Form, 1>(w, query, k + lane, table, scales, sums + lane);
@@ -554,8 +557,8 @@ class Decoder {
                 const S* low = row_of_key(k, 0);
                 const S* high = row_of_key(std::min(k + 1, count - 1), 1);  // its weight is 0 past the end
                 if (c == 0 && first_row == 0) {
-                    prefetch_row(w.next_keys[k], bytes);
-                    prefetch_row(w.next_keys[std::min(k + 1, count - 1)], bytes);
+                    prefetch_row(w.next_keys[k], bytes / 2, bytes);
+                    prefetch_row(w.next_keys[std::min(k + 1, count - 1)], bytes / 2, bytes);
                 }
                 __m512bh value[Wide];
                 if constexpr (Wide > 1) {
@@ -575,7 +578,7 @@ class Decoder {
 #endif
             for (int k = 0; k < count; ++k) {
                 const S* row = row_of_key(k, 0);
-                if (c == 0 && first_row == 0) prefetch_row(w.next_keys[k], bytes);
+                if (c == 0 && first_row == 0) prefetch_row(w.next_keys[k], bytes / 2, bytes);
                 vf value[Wide];
 #pragma GCC unroll 4
                 for (int n = 0; n < Wide; ++n) value[n] = widen_lanes(row + n * kLanes);

@@ -1,12 +1,13 @@
 // Scores and weighted values of int8 caches in 16-bit integers, for bf16 queries and rows whose dims all rotate, halves
 // apart, a multiple of 32 each.
 //
-// A core multiplies 16-bit integers in pairs, with sums in 32 bits, twice as fast as fp32, and an int8 is an int16 by an
-// unpacking with zeros, without a conversion. Key j of a block is x * 2^6 * ratio, rotated by the angle of j alone with
-// rounded products (vpmulhrsw): the larger of a pair's two scales goes to the query, `ratio` is what the other lacks.
-// The query, rotated in fp32, is rounded so that its norm times a key's cannot pass 2^31. Both errors are about 2^-13
-// of an operand's norm, where rounding to bf16 costs 2^-9 of each element. Weights have 15 bits of a block's largest,
-// also where bf16 has 8 of each. Values are taken as v + 128, which needs no sign; 128 times the weights is taken off.
+// A core multiplies 16-bit integers in pairs, with sums in 32 bits, twice as fast as fp32, and an int8 is an int16 by
+// an unpacking with zeros, without a conversion. Key j of a block is x * 2^6 * ratio, rotated by the angle of j alone
+// with rounded products (vpmulhrsw): the larger of a pair's two scales goes to the query, `ratio` is what the other
+// lacks. The query, rotated in fp32, is rounded so that its norm times a key's cannot pass 2^31. Both errors are about
+// 2^-13 of an operand's norm, where rounding to bf16 costs 2^-9 of each element. Weights have 15 bits of a block's
+// largest, also where bf16 has 8 of each. Values are taken as v + 128, which needs no sign; 128 times the weights is
+// taken off.
 //
 // Operations in vectors of 64 bytes, head_dim 128 and 4 query rows: a key takes 4 to unpack, 12 products and 4 sums to
 // rotate, 16 products with the query, 11 to transpose the sums; a value 2 + 6 to pair with its neighbour and 16
@@ -31,10 +32,10 @@ constexpr int kIntegerBytes = 32;
 
 #if defined(LONGROPE_INTEGER_DECODE)
 
-constexpr int kTurnBits = 14;     // of cos, sin and the ratios: 1 is 2^14
-constexpr int kKeyBits = 6;       // a rotated key is 2^6 of its int8 steps
+constexpr int kTurnBits = 14;  // of cos, sin and the ratios: 1 is 2^14
+constexpr int kKeyBits = 6;    // a rotated key is 2^6 of its int8 steps
 constexpr float kMostInt16 = 32767.0f;
-constexpr int kInt8Rows = 4;      // whose sums of 4 vectors each are in registers at once
+constexpr int kInt8Rows = 4;  // whose sums of 4 vectors each are in registers at once
 
 // The largest norm of a rounded query: its sum of products with any key passes neither 2^31 nor, a dim at a time, 2^15.
 // Rounding both adds less than 0.2%.
@@ -134,10 +135,18 @@ inline void in_order_of_dims(float* columns, int64_t head_dim) {
     for (int64_t c = 0; c < head_dim; c += Bytes) {
         float dims[Bytes];
         for (int n = 0; n < 4; ++n)
-            for (int lane = 0; lane < Bytes / 4; ++lane) dims[summed_dim<Bytes>(n, lane)] = columns[c + n * (Bytes / 4) + lane];
+            for (int lane = 0; lane < Bytes / 4; ++lane)
+                dims[summed_dim<Bytes>(n, lane)] = columns[c + n * (Bytes / 4) + lane];
         std::memcpy(columns + c, dims, sizeof dims);
     }
 }
+
+// Rows to ask for while scores are formed: the block's values, and half of each of the next block's keys. The other
+// half is asked for while values are added, which takes half as long.
+struct Ahead {
+    const void* const* values = nullptr;
+    const void* const* keys = nullptr;
+};
 
 // Sums of products of R queries with the first `count` keys of a block: scores[r * stride + key], in fp32 times
 // scale[r]. All rows are in the order of `unpacked`.
@@ -146,7 +155,7 @@ inline void in_order_of_dims(float* columns, int64_t head_dim) {
 template <int R, int Bytes, int Vectors>
 __attribute__((noinline)) void score_int8(const void* const* keys, int count, const int16_t* table,
                                           const int16_t* ratios, const int16_t* query, const float* scale,
-                                          float* scores, int64_t stride, const void* const* ahead) {
+                                          float* scores, int64_t stride, Ahead ahead) {
     typedef Integers<Bytes> I;
     typedef typename I::Vector Vector;
     typedef int32_t Sums __attribute__((vector_size(Bytes)));
@@ -169,7 +178,10 @@ __attribute__((noinline)) void score_int8(const void* const* keys, int count, co
                 const int key = first + (k + j < here ? k + j : k);
                 rows[j] = static_cast<const int8_t*>(keys[key]);
                 turns[j] = table + key * 2 * kHalf;
-                if (ahead) prefetch_row(ahead[key], 2 * kHalf);
+                if (ahead.values) {
+                    prefetch_row(ahead.values[key], 0, 2 * kHalf);
+                    prefetch_row(ahead.keys[key], 0, kHalf);
+                }
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) sum[r][j] = I::zero();
             }
@@ -241,8 +253,8 @@ __attribute__((noinline)) void add_int8(const void* const* values, int count, in
         for (int k = 0; k < count; k += 2) {
             const int other = k + 1 < count ? k + 1 : k;  // its weight is 0
             if (ahead && c == 0) {
-                prefetch_row(ahead[k], head_dim);
-                prefetch_row(ahead[other], head_dim);
+                prefetch_row(ahead[k], head_dim / 2, head_dim);
+                prefetch_row(ahead[other], head_dim / 2, head_dim);
             }
             const Vector x = I::flip_signs8(I::load(static_cast<const int8_t*>(values[k]) + c));
             const Vector y = I::flip_signs8(I::load(static_cast<const int8_t*>(values[other]) + c));

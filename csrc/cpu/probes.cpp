@@ -1,11 +1,14 @@
 #include "probes.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <vector>
+#include <new>
 
+#include "memory.h"
 #include "parallel.h"
 
 namespace longrope {
@@ -85,12 +88,16 @@ double probe_bf16(int threads, double seconds) {
 }
 
 double probe_read(int threads, int64_t bytes) {
-    const int64_t words = bytes / 8 / threads;
-    std::vector<uint64_t> memory(words * threads, 1);
+    const int64_t words = bytes / 8 / threads, all = words * threads * 8;
+    const std::unique_ptr<uint64_t[], decltype(&std::free)> memory(static_cast<uint64_t*>(std::malloc(all)),
+                                                                   &std::free);
+    if (!memory) throw std::bad_alloc();
+    advise_huge_pages(memory.get(), all);
+    std::fill_n(memory.get(), words * threads, 1);
     std::atomic<uint64_t> sum{0};
     const auto start = Clock::now();
     run_workers(threads, [&](int worker) {
-        const uint64_t* part = memory.data() + worker * words;
+        const uint64_t* part = memory.get() + worker * words;
         uint64_t mine = 0;
         for (int64_t i = 0; i < words; ++i) mine += part[i];
         sum += mine;

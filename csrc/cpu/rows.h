@@ -58,7 +58,8 @@ inline Slot slot_of(const AttentionParams& p, int64_t b, int64_t index) {
     return p.pages.block_table ? slot_of(p.pages, b, index) : Slot{b, p.key_start[b] + index};
 }
 
-// Calls call(k, run, slot) for each run of keys first + k, ... that lie in a row, k + run <= count: one division a page.
+// Calls call(k, run, slot) for each run of keys first + k, ... that lie in a row, k + run <= count: one division a
+// page.
 template <class Call>
 inline void for_slots(const AttentionParams& p, int64_t b, int64_t first, int count, const Call& call) {
     for (int k = 0, run; k < count; k += run) {

@@ -100,8 +100,10 @@ inline float inverse_of(float x) {
     return x >= 1.0f / std::numeric_limits<float>::max() ? 1.0f / x : 0.0f;
 }
 
-inline void prefetch_row(const void* row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + at);
+// Asks for bytes [from, to) of a row, into L2: its queue of misses is longer than L1's, which a stream from memory
+// fills (a decode of bf16 keys took 1.4 times as long with prefetches into L1, on Zen 4).
+inline __attribute__((always_inline)) void prefetch_row(const void* row, int64_t from, int64_t to) {
+    for (int64_t at = from; at < to; at += kCacheLine) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
 }
 
 // Pairwise, so that the order of additions is the same at every call.

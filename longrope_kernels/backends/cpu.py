@@ -70,6 +70,16 @@ def level() -> str:
     return wanted or levels()[0]
 
 
+def advise_huge_pages(x: Tensor) -> bool:
+    """Ask for huge pages under a large tensor, best before it is first written; whether the system has any to give.
+
+    A decode reads gigabytes of a cache once: with 4 KiB pages it waits for their tables as well.
+    """
+    if _native is None or x.device.type != "cpu" or not x.is_contiguous():
+        return False
+    return bool(_native.advise_huge_pages(x.data_ptr(), x.numel() * x.element_size()))
+
+
 def apply_rope(
     query: Tensor,
     key: Tensor | None,
