@@ -189,11 +189,13 @@ def serves(model: str, threads: int | None) -> bool:
 
 
 def read_factors(context: Context, path: Path | None) -> tuple[lk.LongRope, dict[str, Any]] | None:
-    """Return the ladder of a factor file, or of the run's winner, or None where there is neither."""
+    """Return the ladder of a factor file, of the run's winner, or that a model extended to the target has, or None."""
     if path is None:
         path = context.run.path / WINNER_FILE
         if not path.is_file():
-            return None
+            source = context.loaded.source
+            own = models.rope_of(models.load_config(source), context.request.original_length, source)
+            return (own, {}) if own.lengths[-1] >= context.target_length else None
     rope, content = factor_files.read(path, context.loaded.base)
     refuse_searched_on(context, path, content)
     return rope, content

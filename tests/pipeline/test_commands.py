@@ -162,6 +162,10 @@ def test_evaluate_takes_a_model_that_was_extended_to_the_target(
     for method, found in whole["methods"].items():
         assert again["methods"][method]["rope"] == found["rope"]
         assert again["methods"][method]["nll"] == pytest.approx(found["nll"], abs=1e-6), method
+    own = command("evaluate", extended.folder / "export", "--to", 256, *asked)
+    assert (own.code, own.err) == (0, ""), "without a factor file it is the ladder the model has"
+    ladder = json.loads((tmp_path / "run" / "heldout.json").read_text())["methods"]["longrope"]
+    assert ladder["nll"] == pytest.approx(whole["methods"]["longrope"]["nll"], abs=1e-6)
     for length in (128, 100):
         less = command("evaluate", extended.folder / "export", "--to", length, "--factors", factors, *asked)
         assert (less.code, less.err) == (
