@@ -164,9 +164,11 @@ def search(
         return
 
     context, spending = open_run(**arguments, command=typed())
+    from .plan import check_room
     from .search.stage import run_search
 
     with closing(context):
+        check_room(context.loaded, to)
         run_search(context, spending)
 
 
@@ -203,9 +205,11 @@ def readjust(
         return
 
     context, ladder, spending = open_readjustment(**arguments, command=typed())
+    from .plan import check_room
     from .search.readjust import run_readjustment
 
     with closing(context):
+        check_room(context.loaded, context.target_length)
         run_readjustment(context, ladder, context.request.lengths, spending)
 
 
@@ -299,7 +303,11 @@ def evaluate(
     windows_per_document: Windows = None,
     passkey_depths: PasskeyDepths = None,
 ) -> None:
-    """Perplexity by position and length on held-out documents, beside the original, PI, NTK and YaRN; passkey."""
+    """Perplexity by position and length on held-out documents, beside the original and published methods; passkey.
+
+    Of a MODEL that was extended to --to, or beyond, the original is what it was before that: the same weights under its
+    shorter regimes.
+    """
     arguments = {name: value for name, value in locals().items() if name != "factors"}
     from .factors import read
     from .options import open_run, read_factors, serves
@@ -308,13 +316,15 @@ def evaluate(
         return
     if factors is not None:
         read(factors)  # before the seconds that loading a model takes
-    context, _ = open_run(**arguments, keep_settings=True)
+    context, _ = open_run(**arguments, keep_settings=True, again=True)
     from .evaluate.stage import run_evaluation, say_evaluation
+    from .plan import check_room
 
     with closing(context):
+        check_room(context.loaded, to)
         found = read_factors(context, factors)
         name = "heldout.json" if found else "baselines.json"
-        say_evaluation(run_evaluation(context, None if found is None else found[0], name))
+        say_evaluation(run_evaluation(context, None if found is None else found[0], name, dynamic=True))
 
 
 @app.command()
@@ -358,10 +368,12 @@ def measure(
 
     context, plan = open_measurement(**arguments, command=typed())
     from .evaluate.measure import measure as run_measure
+    from .plan import check_room
     from .progress import say
     from .report import write_report
 
     with closing(context):
+        check_room(context.loaded, context.target_length)
         results = run_measure(context, chosen_methods(context, method, factors, plan), plan)
         say_measured(results, plan)
         say(f"{context.run.path / 'measured'}, {write_report(context.run.path)}")

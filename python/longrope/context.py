@@ -17,7 +17,7 @@ from .evaluate.scoring import block_tokens
 from .progress import say, waiting
 from .run import RunDirectory
 from .search.space import PAPER_START_TOKENS
-from .team import Leader, meet, rank
+from .team import Crew, Leader, meet, rank
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,20 @@ class Context:
 
     Attributes:
         within: the run that this one is a stage of, whose documents it reads.
+        crew: the other ranks; None where there are none.
+        again: whether a model that was extended to the target counts as it was before (`models.before`), so that what
+            extended it is set beside what else would have.
     """
 
     request: Request
     run: RunDirectory
     threads: int | None = None
     passkey_depths: tuple[float, ...] = ()
-    team: Leader | None = None
+    crew: Crew | None = None
     within: Context | None = None
     extends: bool = True
+    again: bool = False
+    _team: Leader | None = field(default=None, repr=False)
     _loaded: models.LoadedModel | None = field(default=None, repr=False)
     _split: data.Split | None = field(default=None, repr=False)
 
@@ -94,6 +99,7 @@ class Context:
         command: str | None = None,
         within: Context | None = None,
         extends: bool = True,
+        again: bool = False,
     ) -> Context:
         """Check the request against the model's configuration, then make or reopen the run directory.
 
@@ -104,7 +110,8 @@ class Context:
         with waiting(f"reading the configuration of {request.model}", 5.0 if source.gguf_file else None):
             config = models.load_config(source)
         if extends and not request.lengths:
-            check_extension(request, models.rope_of(config, request.original_length, source))
+            rope = models.rope_of(config, request.original_length, source)
+            check_extension(request, models.before(rope, request.to) if again else rope)
         models.check_dtype(request.dtype)
         if threads is not None:
             models.set_threads(threads)
@@ -118,11 +125,21 @@ class Context:
         if run.evaluations.records:
             say(f"{run.path}: going on; {len(run.evaluations.records)} evaluations are there and are not repeated")
         _, ranks = rank()
-        team = None
-        if ranks > 1:
-            job = {name: run.settings[name] for name in ("model_fingerprint", "dtype", "original_length")}
-            team = Leader(meet(), ranks, job, run.evaluations)
-        return cls(request, run, threads, passkey_depths, team, within, extends)
+        crew = None if within is None else within.crew
+        if within is None and ranks > 1:
+            crew = Crew(meet(), ranks)
+        return cls(request, run, threads, passkey_depths, crew, within, extends, again)
+
+    @property
+    def team(self) -> Leader | None:
+        """The other ranks at this run's forwards, from their first use until the model is let go; None without them."""
+        if self._team is None and self.crew is not None:
+            job = {name: self.run.settings[name] for name in ("model_fingerprint", "dtype", "original_length")}
+            own = self.within is None or self.request.model == self.within.request.model
+            model = None if own else str(Path(self.request.model).absolute())
+            job |= {"model": model, "before": self.request.to if self.again else None}
+            self._team = self.crew.lead(job, self.run.evaluations)
+        return self._team
 
     @property
     def loaded(self) -> models.LoadedModel:
@@ -131,6 +148,8 @@ class Context:
             self._loaded = models.load(
                 self.request.model, self.run.settings["dtype"], self.request.original_length, self.threads
             )
+            if self.again:
+                self._loaded.rope = models.before(self._loaded.rope, self.request.to)
         return self._loaded
 
     @property
@@ -191,12 +210,16 @@ class Context:
         self._loaded = other.loaded
 
     def release(self) -> None:
-        """Let go of the model; a later use loads it anew."""
+        """Let go of the model, on all ranks; a later use loads it anew."""
         self._loaded = None
+        if self._team is not None:
+            self._team.close()
+            self._team = None
 
     def close(self) -> None:
-        if self.team is not None:
-            self.team.close()
+        self.release()
+        if self.crew is not None and self.within is None:
+            self.crew.close()
         self.run.close()
 
 

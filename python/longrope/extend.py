@@ -14,7 +14,7 @@ from .plan import Stage, make_plan, say_plan
 from .progress import clock, console, say
 from .report import write_report
 from .search.budget import Budget
-from .search.stage import WINNER_FILE, check_budget, evolution_settings, run_search
+from .search.stage import WINNER_FILE, check_budget, planned_search, run_search
 
 
 def extend(context: Context, budget: Budget) -> dict[str, Any]:
@@ -23,6 +23,7 @@ def extend(context: Context, budget: Budget) -> dict[str, Any]:
     _stage(1, "inspect")
     say_inspection(run_inspection(context))
     check_budget(context, budget)
+    say_stages(context, budget)
     _stage(2, "baselines on held-out documents")
     say_evaluation(run_evaluation(context, None, "baselines.json", "baselines"))
     _stage(3, "search")
@@ -50,11 +51,10 @@ def extend(context: Context, budget: Budget) -> dict[str, Any]:
 def say_stages(context: Context, budget: Budget) -> dict[str, Any]:
     """Say what `extend` would do and what it takes, and return it."""
     loaded, request, target = context.loaded, context.request, context.target_length
-    wanted = evolution_settings(request).candidates * len(context.split.search)
-    searched = min(wanted, budget.evaluations or wanted)
     documents = len(context.split.heldout)
+    searched = planned_search(request, len(context.split.search), target, context.score_from, budget.evaluations)
     stages = [
-        Stage("search", "search", target, searched, budget.seconds),
+        Stage.search("search", "search", searched, budget.seconds),
         Stage("evaluate", "evaluate", target, (5 + 3 * len(context.passkey_depths)) * documents),
     ]
     notes = [] if budget.seconds is None else [f"the search stops after {clock(budget.seconds)} of forwards"]

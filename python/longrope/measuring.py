@@ -17,7 +17,7 @@ from .evaluate import grids, harness, lengths, ruler
 from .evaluate.measure import BASELINES, PERPLEXITY, RULER, SLIDING, TASKS, Method, Plan, baseline, factors_name
 from .evaluate.stage import OURS, TITLES
 from .inspection import inspect_rope
-from .options import integers, numbers, open_run
+from .options import integers, numbers, open_run, refuse_searched_on
 from .progress import console, say
 from .report.measured import shown_differences, signed
 from .run import read_run
@@ -122,14 +122,7 @@ def _of_file(context: Context, path: Path, plan: Plan, name: str | None = None, 
     """Return the ladder of a factor file, which must not have been searched on what it is measured on."""
     rope, content = factor_files.read(path, context.loaded.base)
     if {PERPLEXITY, SLIDING} & set(plan.tasks):
-        read = {one.get("sha256") for one in (content.get("objective") or {}).get("documents", [])}
-        for window in context.split.heldout:
-            if window.sha256 in read:
-                refuse(
-                    "--factors",
-                    f"{path}, searched on {window.document}",
-                    "one that did not read what it is measured on (--heldout-text, or the --run-dir of its search)",
-                )
+        refuse_searched_on(context, path, content)
 
     def at(length: int) -> lk.LongRope:
         return rope

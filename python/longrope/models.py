@@ -174,6 +174,13 @@ def rope_of(config: Any, original_length: int | None = None, source: Source | No
     return lk.LongRope(first, {**shorter, length: rope.scalings[-1]})
 
 
+def before(rope: lk.LongRope, to: int) -> lk.LongRope:
+    """Return what the ladder of an extended model was before it reached `to` tokens: its shorter regimes."""
+    shorter = {length: scaling for length, scaling in rope.regimes.items() if length < to}
+    first = {length: scaling for length, scaling in rope.regimes.items() if length <= rope.lengths[0]}
+    return lk.LongRope(rope.original_max_position_embeddings, shorter or first)
+
+
 def check_target(to: int, rope: lk.LongRope) -> None:
     """Refuse a target that is no extension of the original length."""
     original = rope.lengths[-1]

@@ -15,8 +15,8 @@ from .errors import PipelineError, refuse
 from .evaluate.scoring import run_forward
 from .presets import Preset, screen_lengths
 from .progress import console
-from .progressive.recipe import Recipe, parse_tune
-from .progressive.stages import Extension
+from .progressive.recipe import Recipe, named_as_typed, parse_tune
+from .progressive.stages import Extension, train_along
 from .run import digest, read_run
 from .search.budget import Budget
 from .search.readjust import check_lengths
@@ -37,6 +37,7 @@ def open_run(
     keep_settings: bool = False,
     command: str | None = None,
     extends: bool = True,
+    again: bool = False,
     **options: Any,
 ) -> tuple[Context, Budget]:
     """Open the run that the options of a command describe.
@@ -45,7 +46,7 @@ def open_run(
         options: fields of `Request` as the command line has them; None leaves the preset's or the default.
         command: the line as typed, for the record.
         keep_settings: what is not said comes from the run directory where there is one.
-        extends: see `Context.open`.
+        extends, again: see `Context.open`.
     """
     chosen = Preset({}) if preset is None else presets.preset(preset)
     folder = run_dir or Path("runs") / f"{Path(model).stem or model}-{to}"
@@ -94,6 +95,7 @@ def open_run(
         asked,
         command,
         extends=extends,
+        again=again,
     )
     return context, spending
 
@@ -151,22 +153,21 @@ def open_extension(
             if request.readjust:
                 refuse("--readjust", readjust, "--tune beside it (longrope readjust does that alone)")
             return context, budget, None
-        if team.rank()[1] > 1:
-            refuse("--tune", tune, "one process; `longrope search` spreads over ranks")
         source = models.find(request.model)
         original = models.rope_of(models.load_config(source), request.original_length, source).lengths[-1]
         recipe = Recipe(original, request.to, request.tune, request.readjust, request.searched)
-        settings = TuneSettings(
-            length=recipe.tune[0][0],
-            steps=recipe.tune[0][1],
-            batch=request.tune_batch,
-            lr=request.tune_lr,
-            schedule=request.tune_schedule,
-            warmup=request.tune_warmup,
-            seed=request.seed,
-            lora_rank=request.tune_lora,
-            short_share=request.tune_short_share,
-        )
+        with named_as_typed():
+            settings = TuneSettings(
+                length=recipe.tune[0][0],
+                steps=recipe.tune[0][1],
+                batch=request.tune_batch,
+                lr=request.tune_lr,
+                schedule=request.tune_schedule,
+                warmup=request.tune_warmup,
+                seed=request.seed,
+                lora_rank=request.tune_lora,
+                short_share=request.tune_short_share,
+            )
         evaluations = chosen.last_budget if last_budget is None else last_budget
         last = Budget(evaluations, budget.seconds) if evaluations else budget
         return context, budget, Extension(context, recipe, budget, last, settings)
@@ -181,19 +182,35 @@ def serves(model: str, threads: int | None) -> bool:
         return False
     console.quiet = True  # rank 0 speaks for all
     try:
-        team.serve(model, run_forward, threads)
+        team.Hand(model, run_forward, train_along, threads).serve(team.meet())
     finally:
         console.quiet = False
     return True
 
 
 def read_factors(context: Context, path: Path | None) -> tuple[lk.LongRope, dict[str, Any]] | None:
-    """Return the ladder of a factor file, or of the run's winner, or None where there is neither."""
+    """Return the ladder of a factor file, of the run's winner, or that a model extended to the target has, or None."""
     if path is None:
         path = context.run.path / WINNER_FILE
         if not path.is_file():
-            return None
-    return factor_files.read(path, context.loaded.base)
+            source = context.loaded.source
+            own = models.rope_of(models.load_config(source), context.request.original_length, source)
+            return (own, {}) if own.lengths[-1] >= context.target_length else None
+    rope, content = factor_files.read(path, context.loaded.base)
+    refuse_searched_on(context, path, content)
+    return rope, content
+
+
+def refuse_searched_on(context: Context, path: Path, content: dict[str, Any]) -> None:
+    """Refuse a factor file that was searched on a document which it would be held out from."""
+    read = {one.get("sha256") for one in (content.get("objective") or {}).get("documents", [])}
+    for window in context.split.heldout:
+        if window.sha256 in read:
+            refuse(
+                "--factors",
+                f"{path}, searched on {window.document}",
+                "one that did not read what it is measured on (--heldout-text, or the --run-dir of its search)",
+            )
 
 
 def integers(option: str, text: str) -> tuple[int, ...]:

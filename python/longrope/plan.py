@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from .errors import refuse
 from .loss import CHUNK_BYTES, token_nll
 from .models import LoadedModel
 from .progress import clock, console, say, waiting
-from .tune.memory import GIB, Shape, available_bytes
+from .team import rank
+from .tune.memory import GIB, Shape, share_of_memory
 
 TRAINING_FORWARDS = 4  # a step costs its forward, the forward again (checkpointing), and a backward of twice that
 SHORTEST_TIMED, ENOUGH_SECONDS = 512, 2.0
@@ -30,8 +32,9 @@ class Stage:
         name: of its folder in the run directory.
         kind: search, tune, second search, readjust or evaluate.
         length: of its sequences, in tokens.
-        sequences: forwards, or training sequences, of that length, at most; screens, which read less, are not counted.
+        sequences: forwards, or training sequences, of that length, at most.
         limit: seconds after which it stops, or None.
+        screens: forwards of a search's screens, by their length.
     """
 
     name: str
@@ -39,10 +42,23 @@ class Stage:
     length: int
     sequences: int
     limit: float | None = None
+    screens: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def search(cls, name: str, kind: str, forwards: Mapping[int, int], limit: float | None) -> Stage:
+        """Return a search's: the longest of its forwards, by length, are of the objective, the others of screens."""
+        longest = max(forwards)
+        screens = {length: count for length, count in forwards.items() if length != longest}
+        return cls(name, kind, longest, forwards[longest], limit, screens)
+
+    @property
+    def forwards(self) -> dict[int, int]:
+        """All sequences by their length, the stage's own last."""
+        return {**self.screens, self.length: self.sequences}
 
     @property
     def tokens(self) -> int:
-        return self.length * self.sequences
+        return sum(length * count for length, count in self.forwards.items())
 
 
 @dataclass(frozen=True)
@@ -106,10 +122,11 @@ def forward_bytes(loaded: LoadedModel, tokens: int) -> int:
     )
 
 
-def seconds_of(stage: Stage, pace: Pace) -> float:
-    """Estimate a stage."""
-    seconds = stage.sequences * pace.seconds(stage.length) * (TRAINING_FORWARDS if stage.kind == "tune" else 1)
-    return seconds if stage.limit is None else min(seconds, stage.limit)
+def seconds_of(stage: Stage, pace: Pace, ranks: int = 1) -> float:
+    """Estimate a stage whose sequences are shared out between ranks."""
+    seconds = sum(math.ceil(count / ranks) * pace.seconds(length) for length, count in stage.forwards.items())
+    seconds *= TRAINING_FORWARDS if stage.kind == "tune" else 1
+    return seconds if stage.limit is None else min(seconds, stage.limit / ranks)
 
 
 def check_memory(original: int, loaded: LoadedModel, needs: Sequence[tuple[Stage, int]], room: int) -> None:
@@ -124,6 +141,13 @@ def check_memory(original: int, loaded: LoadedModel, needs: Sequence[tuple[Stage
         while forward_bytes(loaded, 2 * fits) <= room:
             fits *= 2
         refuse("--to", have, f"at most about {fits:,} tokens")
+
+
+def check_room(loaded: LoadedModel, longest: int) -> None:
+    """Refuse, before anything is done, forwards of so many tokens where memory will not hold one on every rank."""
+    stage = Stage("forward", "forward", longest, 1)
+    room = share_of_memory(Shape.of(loaded.model).weight_bytes, rank()[1])
+    check_memory(loaded.original_length, loaded, [(stage, forward_bytes(loaded, longest))], room)
 
 
 def make_plan(
@@ -143,7 +167,8 @@ def make_plan(
         UsageError: more than there is; the line says what would fit.
     """
     needs = {stage.name: forward_bytes(loaded, stage.length) for stage in stages} | dict(training_bytes or {})
-    room = available_bytes(Shape.of(loaded.model).weight_bytes)
+    _, ranks = rank()
+    room = share_of_memory(Shape.of(loaded.model).weight_bytes, ranks)
     check_memory(original, loaded, [(stage, needs[stage.name]) for stage in stages], room)
     pace = measure_pace(loaded, target)
     rows = [
@@ -151,7 +176,7 @@ def make_plan(
             **stage.__dict__,
             "tokens": stage.tokens,
             "bytes": needs[stage.name],
-            "seconds": round(seconds_of(stage, pace), 1),
+            "seconds": round(seconds_of(stage, pace, ranks), 1),
         }
         for stage in stages
     ]
@@ -161,8 +186,14 @@ def make_plan(
         "target_length": target,
         "stages": rows,
         "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "notes": list(notes),
+        "notes": [*notes, *([f"spread over {ranks} ranks; memory is that of each"] if ranks > 1 else [])],
     }
+
+
+def sequences_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return a stage's numbers of sequences and their lengths as text, those of screens first."""
+    forwards = [*row.get("screens", {}).items(), (row["length"], row["sequences"])]
+    return " + ".join(f"{count:,}" for _, count in forwards), " + ".join(f"{int(length):,}" for length, _ in forwards)
 
 
 def say_plan(plan: dict[str, Any]) -> None:
@@ -171,8 +202,8 @@ def say_plan(plan: dict[str, Any]) -> None:
     for heading in ("stage", "sequences", "tokens each", "tokens", "memory", "time, about"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for row in plan["stages"]:
-        counts = (f"{row[name]:,}" for name in ("sequences", "length", "tokens"))
-        table.add_row(row["name"], *counts, f"{row['bytes'] / GIB:.2f} GiB", clock(row["seconds"]))
+        tokens, memory = f"{row['tokens']:,}", f"{row['bytes'] / GIB:.2f} GiB"
+        table.add_row(row["name"], *sequences_of(row), tokens, memory, clock(row["seconds"]))
     say(
         f"Plan: {plan['original_length']:,} to {plan['target_length']:,} tokens, about {clock(plan['seconds'])} on "
         "this machine"

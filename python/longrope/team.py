@@ -1,12 +1,15 @@
-"""Forwards spread over processes: `torchrun --nproc-per-node 4 -m longrope search ...`.
+"""Work spread over processes: `torchrun --nproc-per-node 4 -m longrope search ...`.
 
-Rank 0 leads: it alone has the run directory and decides what is scored; the others load the model and work. What is to
-be scored next is announced in the job's key-value store; whoever is free claims a forward by one atomic compare-and-set
-and puts its record there, which the leader logs at once. The leader works too, and at the end waits for the rest.
+Rank 0 leads: it alone has the run directory and decides what is done; the others are its crew. It gives them one job
+after another, each with keys of its own in the key-value store: forwards of a model, or a training (`tune.ranks`).
+
+Of forwards, what is to be scored next is announced there; whoever is free claims one by one atomic compare-and-set and
+puts its record there, which the leader logs at once. The leader works too, and at the end waits for the rest.
 
 There is no collective, so no rank can hang another. A rank that is killed stops its heartbeat; the leader runs again
 what it had claimed, and nothing else is lost. The leader's own death ends the job, and its log resumes it, on any
 number of ranks. (torchrun ends all ranks when one dies; with --max-restarts it starts them anew, and the log resumes.)
+A training needs every rank, and is not begun without.
 
 Scores do not depend on who computed them where all ranks run alike (processor, dtype, threads), so a budget in
 evaluations gives the same run for any number of ranks. One in time counts seconds of forwards, of all ranks together.
@@ -14,6 +17,7 @@ evaluations gives the same run for any number of ranks. One in time counts secon
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -31,7 +35,9 @@ from .run import EvaluationLog
 POLL_SECONDS = 0.05
 BEAT_SECONDS = 0.5
 PATIENCE_SECONDS = 10.0  # without a heartbeat, after which a rank counts as dead
+STARTING_SECONDS = 600.0  # in which a rank of which nothing was seen may still come
 JOB, COUNT, DONE = "longrope/job", "longrope/count", "longrope/done"
+FORWARDS, TRAINING, END = "forwards", "training", "end"  # kinds of jobs
 
 
 @dataclass(frozen=True)
@@ -73,27 +79,86 @@ def meet() -> Any:
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
-class Leader:
-    """Announces forwards, takes their records, and works on what nobody else has claimed.
+class Crew:
+    """The ranks above 0, as rank 0 sees them: they do one job after another, and are sent home at the end.
 
     Args:
-        job: what the workers must agree with: fingerprint of the model, dtype and original length, see `serve`.
-        log: gets every record, in the order in which they come in.
         patience: seconds without a heartbeat after which a rank counts as dead.
     """
 
-    def __init__(
-        self, store: Any, ranks: int, job: dict[str, Any], log: EvaluationLog, patience: float = PATIENCE_SECONDS
-    ) -> None:
-        self.store, self.ranks, self.log, self.patience = store, ranks, log, patience
+    def __init__(self, store: Any, ranks: int, patience: float = PATIENCE_SECONDS) -> None:
+        self.store, self.ranks, self.patience = store, ranks, patience
+        self.jobs = 0
+        self.began = time.monotonic()
+        self.beats: dict[int, tuple[bytes, float]] = {}  # by rank: the last heartbeat, and when it came
+
+    def begin(self, kind: str, job: dict[str, Any]) -> Any:
+        """Give out a job, which those who are busy come to later; return its part of the store."""
+        self.jobs += 1
+        store = part_of(self.store, self.jobs)
+        store.set(JOB, json.dumps({"kind": kind, **job}))
+        return store
+
+    def lead(self, job: dict[str, Any], log: EvaluationLog) -> Leader:
+        """Give out forwards.
+
+        Args:
+            job: what they must agree with: model (None: that of their own command line), its fingerprint, dtype and
+                original length, and the length `before` which it is taken, see `Hand`.
+            log: gets every record, in the order in which they come in.
+        """
+        return Leader(self, job, log)
+
+    def train(self, job: dict[str, Any]) -> None:
+        """Give out a training, and return when every rank is at it.
+
+        Raises:
+            PipelineError: a rank is gone; one line names it.
+        """
+        store = self.begin(TRAINING, job)
+        for rank in range(1, self.ranks):
+            while not store.check([_here(rank)]):
+                late = not self.beats.get(rank) and time.monotonic() - self.began > STARTING_SECONDS
+                if not self.alive(rank) and (self.beats.get(rank) or late):
+                    raise PipelineError(
+                        f"rank {rank}: got no sign of life for {self.patience:g} seconds, expected it to train; "
+                        "what was finished is kept, run the same command again"
+                    )
+                time.sleep(POLL_SECONDS)
+
+    def alive(self, rank: int) -> bool:
+        """Whether a rank has been seen, and its heart beats."""
+        name = f"longrope/beat/{rank}"
+        beat = self.store.get(name) if self.store.check([name]) else b""
+        if beat and beat != self.beats.get(rank, (b"", 0.0))[0]:
+            self.beats[rank] = (beat, time.monotonic())
+        return rank in self.beats and time.monotonic() - self.beats[rank][1] < self.patience
+
+    def wait_for_leave(self, store: Any) -> None:
+        """Wait until those alive have left a job, as long as patience lasts."""
+        until = time.monotonic() + self.patience
+        while time.monotonic() < until and any(
+            not store.check([_left(rank)]) and self.alive(rank) for rank in range(1, self.ranks)
+        ):
+            time.sleep(POLL_SECONDS)
+
+    def close(self) -> None:
+        """Send all home, and wait until those alive have heard it: the store may end with this process."""
+        self.wait_for_leave(self.begin(END, {}))
+
+
+class Leader:
+    """Announces forwards, takes their records, and works on what nobody else has claimed; see `Crew.lead`."""
+
+    def __init__(self, crew: Crew, job: dict[str, Any], log: EvaluationLog) -> None:
+        self.crew, self.log = crew, log
         self.count = 0  # forwards announced, which are numbered
         self.waiting: dict[str, tuple[int, Forward]] = {}  # by key in the log, which does not have them yet
         self.windows: set[str] = set()
-        self.beats: dict[int, tuple[bytes, float]] = {}  # by rank: the last heartbeat, and when it came
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        store.set(JOB, json.dumps(job))
+        self.store = crew.begin(FORWARDS, job)
         self._collector = threading.Thread(target=self._collect, daemon=True)
         self._collector.start()
 
@@ -137,13 +202,9 @@ class Leader:
                 run(other, waiting[other][1])
 
     def close(self) -> None:
-        """Send the workers home, and wait until those alive have heard it: the store may end with this process."""
+        """Say that this was all, and log what those alive still bring."""
         self.store.set(DONE, "1")
-        until = time.monotonic() + self.patience
-        while time.monotonic() < until and any(
-            not self.store.check([f"longrope/left/{rank}"]) and self._alive(rank) for rank in range(1, self.ranks)
-        ):
-            time.sleep(POLL_SECONDS)
+        self.crew.wait_for_leave(self.store)
         self._stop.set()
         self._collector.join()
 
@@ -154,21 +215,12 @@ class Leader:
     def _free(self, number: int) -> bool:
         """Whether this process is to run a forward: nobody had claimed it, or somebody who is dead."""
         owner = int(self.store.compare_set(f"longrope/claim/{number}", "", "0"))
-        return owner == 0 or not self._alive(owner)
-
-    def _alive(self, rank: int) -> bool:
-        beat, since = self.beats.get(rank, (b"", 0.0))
-        return bool(beat) and time.monotonic() - since < self.patience
+        return owner == 0 or not self.crew.alive(owner)
 
     def _collect(self) -> None:
-        """Log what comes in, and note heartbeats, until closed."""
+        """Log what comes in until closed."""
         try:
             while not self._stop.wait(POLL_SECONDS):
-                for rank in range(1, self.ranks):
-                    name = f"longrope/beat/{rank}"
-                    beat = self.store.get(name) if self.store.check([name]) else b""
-                    if beat != self.beats.get(rank, (b"", 0.0))[0]:
-                        self.beats[rank] = (beat, time.monotonic())
                 with self._lock:
                     waiting = list(self.waiting.items())
                 for key, (number, _) in waiting:
@@ -184,65 +236,115 @@ class Leader:
             self._error = error
 
 
-def serve(model: str, run: Callable[[models.LoadedModel, Forward], dict[str, Any]], threads: int | None = None) -> None:
-    """Work for rank 0 until it has no more to do.
+class Hand:
+    """One of the crew: does what rank 0 gives out, one job after another, until it is sent home.
 
     Args:
         model: as rank 0 was given it.
         run: runs a forward and returns its record.
-
-    Raises:
-        UsageError: the model here is another than the leader's; one line.
-        PipelineError: the leader is gone; one line.
+        train: trains along with the other ranks what a job of `Crew.train` says, on the model that it is given.
     """
+
+    def __init__(
+        self,
+        model: str,
+        run: Callable[[models.LoadedModel, Forward], dict[str, Any]],
+        train: Callable[[models.LoadedModel, dict[str, Any]], None],
+        threads: int | None = None,
+    ) -> None:
+        self.model, self.run, self.train, self.threads = model, run, train, threads
+        self.own, _ = rank()
+        self._loaded: tuple[tuple[str, ...], models.LoadedModel] | None = None
+
+    def serve(self, store: Any) -> None:
+        """Work until rank 0 has no more to do.
+
+        Raises:
+            UsageError: a model here is another than the leader's; one line.
+            PipelineError: the leader is gone, or a rank that trains; one line.
+        """
+        import torch.distributed as dist
+
+        stop = threading.Event()
+        beating = threading.Thread(target=_beat, args=(store, self.own, stop), daemon=True)
+        beating.start()
+        try:
+            for number in itertools.count(1):
+                part = part_of(store, number)
+                job = json.loads(_when_there(part, JOB))
+                if job["kind"] == FORWARDS:
+                    self._forwards(part, job)
+                elif job["kind"] == TRAINING:
+                    self._training(part, job)
+                part.set(_left(self.own), "1")
+                if job["kind"] == END:
+                    return
+        except dist.DistError as error:
+            raise PipelineError(f"rank {self.own}: got no more answers from rank 0, expected it to run") from error
+        finally:
+            stop.set()
+            beating.join()
+
+    def _forwards(self, store: Any, job: dict[str, Any]) -> None:
+        if store.check([DONE]):
+            return
+        loaded = self._load(job)
+        windows: dict[str, tuple[int, ...]] = {}
+        number = 0
+        while not store.check([DONE]):
+            if number >= store.add(COUNT, 0):
+                time.sleep(POLL_SECONDS)
+                continue
+            name = f"longrope/task/{number}"
+            if store.check([name]) and claim(store, number, self.own):  # gone where it is done: a rank may start late
+                task = json.loads(store.get(name))
+                name = task["window"]
+                if name not in windows:
+                    windows[name] = tuple(json.loads(store.get(f"longrope/window/{name}")))
+                window = data.Window("", "", 0, 0, windows[name])
+                rope = lk.LongRope.from_dict(task["rope"])
+                record = self.run(loaded, Forward(window, rope, task["length"], task["start"]))
+                store.set(f"longrope/result/{number}", json.dumps({**record, **task["fields"], "rank": self.own}))
+            number += 1
+
+    def _training(self, store: Any, job: dict[str, Any]) -> None:
+        store.set(_here(self.own), "1")
+        loaded, self._loaded = self._load(job), None  # its weights will be others
+        try:
+            self.train(loaded, job)
+        except RuntimeError as error:  # what a collective raises where a rank has gone
+            line = f"rank {self.own}: got {error} in a training, expected all ranks to go on"
+            raise PipelineError(one_line(line, 300)) from error
+
+    def _load(self, job: dict[str, Any]) -> models.LoadedModel:
+        name = self.model if job["model"] is None else job["model"]
+        found = models.fingerprint(models.find(name))
+        if found != job["model_fingerprint"]:
+            expected = f"{job['model_fingerprint']}, as on rank 0"
+            refuse("MODEL", f"{name} with fingerprint {found} on rank {self.own}", expected)
+        key = (found, job["dtype"], f"{job['original_length']} {job.get('before')}")
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # before there is another
+            loaded = models.load(name, job["dtype"], job["original_length"], self.threads)
+            if job.get("before") is not None:
+                loaded.rope = models.before(loaded.rope, job["before"])
+            self._loaded = key, loaded
+        return self._loaded[1]
+
+
+def part_of(store: Any, number: int) -> Any:
+    """Return the part of the store that a job has for itself; jobs are numbered from 1."""
     import torch.distributed as dist
 
-    own, _ = rank()
-    store = meet()
-    stop = threading.Event()
-    beating = threading.Thread(target=_beat, args=(store, own, stop), daemon=True)
-    beating.start()
-    try:
-        job = _when_there(store, JOB)
-        if job is not None:
-            _work(store, own, json.loads(job), model, run, threads)
-        store.set(f"longrope/left/{own}", "1")
-    except dist.DistError as error:
-        raise PipelineError(f"rank {own}: got no more answers from rank 0, expected it to run") from error
-    finally:
-        stop.set()
-        beating.join()
+    return dist.PrefixStore(f"job {number}", store)
 
 
-def _work(
-    store: Any,
-    own: int,
-    job: dict[str, Any],
-    model: str,
-    run: Callable[[models.LoadedModel, Forward], dict[str, Any]],
-    threads: int | None,
-) -> None:
-    found = models.fingerprint(models.find(model))
-    if found != job["model_fingerprint"]:
-        refuse("MODEL", f"{model} with fingerprint {found} on rank {own}", f"{job['model_fingerprint']}, as on rank 0")
-    loaded = models.load(model, job["dtype"], job["original_length"], threads)
-    windows: dict[str, tuple[int, ...]] = {}
-    number = 0
-    while not store.check([DONE]):
-        if number >= store.add(COUNT, 0):
-            time.sleep(POLL_SECONDS)
-            continue
-        name = f"longrope/task/{number}"
-        if store.check([name]) and claim(store, number, own):  # gone where it is done: a rank may start late
-            task = json.loads(store.get(name))
-            name = task["window"]
-            if name not in windows:
-                windows[name] = tuple(json.loads(store.get(f"longrope/window/{name}")))
-            window = data.Window("", "", 0, 0, windows[name])
-            rope = lk.LongRope.from_dict(task["rope"])
-            record = run(loaded, Forward(window, rope, task["length"], task["start"]))
-            store.set(f"longrope/result/{number}", json.dumps({**record, **task["fields"], "rank": own}))
-        number += 1
+def _here(rank: int) -> str:
+    return f"longrope/here/{rank}"
+
+
+def _left(rank: int) -> str:
+    return f"longrope/left/{rank}"
 
 
 def claim(store: Any, number: int, rank: int) -> bool:
@@ -261,10 +363,8 @@ def _beat(store: Any, own: int, stop: threading.Event) -> None:
         stop.wait(BEAT_SECONDS)
 
 
-def _when_there(store: Any, name: str) -> bytes | None:
-    """Return a value once it is there, or None where the job ended before."""
+def _when_there(store: Any, name: str) -> bytes:
+    """Return a value once it is there."""
     while not store.check([name]):
-        if store.check([DONE]):
-            return None
         time.sleep(POLL_SECONDS)
     return bytes(store.get(name))

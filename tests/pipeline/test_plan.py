@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from conftest import Run
 
 from longrope import plan
+from longrope.context import Request
 from longrope.errors import UsageError
 from longrope.models import LoadedModel
 from longrope.plan import Pace, Stage
 from longrope.progressive.recipe import Recipe, parse_tune
+from longrope.run import read_run
+from longrope.search.stage import planned_search
 
 TUNED = ((256, 10), (512, 5))
 
@@ -34,6 +40,62 @@ def test_training_costs_four_forwards() -> None:
     pace = Pace(1e-3, 0.0)
     train, read = (plan.seconds_of(Stage("a", kind, 512, 10), pace) for kind in ("tune", "search"))
     assert train == pytest.approx(4 * read) == pytest.approx(4 * 5.12)
+
+
+def test_ranks_share_out_the_sequences_and_the_time_a_search_may_take() -> None:
+    pace = Pace(1e-3, 0.0)
+    stage = Stage.search("a", "search", {256: 5, 512: 10}, None)
+    assert plan.seconds_of(stage, pace) == pytest.approx(5 * 0.256 + 10 * 0.512)
+    assert plan.seconds_of(stage, pace, 2) == pytest.approx(3 * 0.256 + 5 * 0.512)
+    assert plan.seconds_of(Stage.search("a", "search", {512: 10}, 4.0), pace, 2) == pytest.approx(2.0)
+
+
+def test_screens_are_counted_in_sequences_tokens_and_time() -> None:
+    """Ten seeds and children on two windows: both screens read all that come to them, the target what they let pass."""
+    request = Request(
+        *("", 512),
+        **{"population": 10, "iterations": 2, "mutations": 4, "crossovers": 2, "screen_keep": 0.5},
+        **{"screens": (192, 256, 384), "screen_documents": 1, "screen_controls": 1},
+    )
+    # 192 is below what the model knows. Children: 7, then twice 6; of 7 the second screen sees 4 and the target 2 + 1.
+    forwards = planned_search(request, 2, 512, 200, None)
+    assert forwards == {256: 3 + 7 + 6 + 6, 384: 3 + 4 + 3 + 3, 512: 2 * (3 + 3 + 3 + 3)}
+    stage = Stage.search("search-512", "second search", forwards, None)
+    assert (stage.length, stage.sequences, stage.screens) == (512, 24, {256: 22, 384: 13})
+    assert stage.tokens == 24 * 512 + 22 * 256 + 13 * 384
+    assert plan.seconds_of(stage, Pace(1e-3, 0.0)) == pytest.approx(1e-3 * stage.tokens)
+    assert plan.sequences_of({**stage.__dict__}) == ("22 + 13 + 24", "256 + 384 + 512")
+    # A budget counts forwards of any length: the seeds first, and of the rest the same share of each.
+    less = planned_search(request, 2, 512, 200, 30)
+    assert sum(less.values()) == 30
+    assert less[512] >= 6
+    assert less[256] / 22 == pytest.approx(less[384] / 13, abs=0.1)
+    assert planned_search(request, 2, 512, 200, 1000) == forwards
+    # A walk along nine attention factors scores up to eight candidates, unscreened, which leaves none to draw at first.
+    walked = planned_search(dataclasses.replace(request, attention_factor="search"), 2, 512, 200, None)
+    assert walked == {256: 3 + 6 + 6, 384: 3 + 3 + 3, 512: 2 * (3 + 8 + 3 + 3)}
+
+
+def test_the_plan_says_what_the_search_itself_says(extended: Run) -> None:
+    settings = read_run(extended.folder)["settings"]
+    known = {name: value for name, value in settings.items() if name in Request.__dataclass_fields__}
+    request = Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+    planned = planned_search(request, 2, 256, 128, None)
+    assert sum(planned.values()) > planned[256]
+    assert f"  {sum(planned.values())} evaluations in all" in extended.finished.out
+    said = extended.finished.out[: extended.finished.out.index("baselines on held-out documents")]
+    row = next(line for line in said.splitlines() if line.startswith("│ search "))
+    assert [cell.strip() for cell in row.split("│")[2:4]] == [f"{planned[192]} + {planned[256]}", "192 + 256"]
+
+
+def test_too_little_memory_for_one_forward_is_said_before_a_search(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = plan.forward_bytes(loaded, 4096)
+    monkeypatch.setattr(plan, "share_of_memory", lambda loaded_bytes, ranks: needed)
+    plan.check_room(loaded, 4096)
+    with pytest.raises(UsageError, match=r"^--to: got .* for 8,192 tokens, .* expected at most about 4,096 tokens$"):
+        plan.check_room(loaded, 8192)
 
 
 def test_memory_grows_with_the_length_and_starts_at_the_weights(loaded: LoadedModel) -> None:

@@ -20,7 +20,7 @@ import torch
 from conftest import Finished, Run, run_process
 
 import longrope_kernels as lk
-from longrope import factors, models
+from longrope import context, factors, models
 from longrope.loss import token_nll
 from longrope.progressive import by_length
 from longrope.run import digest
@@ -38,6 +38,8 @@ MOMENTS = {
     "second search": ("stages/search-1024/evaluations.jsonl", 3),
     "readjust": ("stages/readjust/evaluations.jsonl", 41),
     "evaluate": ("stages/result/evaluations.jsonl", 2),
+    "export": ("heldout.json", 1),
+    "report": ("export.json", 1),
 }
 
 
@@ -243,9 +245,15 @@ def test_a_dry_run_says_the_plan_and_does_nothing(
             "--budget: got 95, expected at least 96: 6 seeds on 16 needles of 256 tokens",
         ),
         (("--last-budget", "5"), "--last-budget: got 5, expected at least 6"),
-        (("--tune-lr", "0"), "--lr: got 0.0, expected a number above 0"),
-        (("--tune-batch", "0"), "--batch: got 0, expected an int >= 1"),
+        (("--tune-lr", "0"), "--tune-lr: got 0.0, expected a number above 0"),
+        (("--tune-batch", "0"), "--tune-batch: got 0, expected an int >= 1"),
+        (("--tune-schedule", "step"), "--tune-schedule: got step, expected one of linear, constant, cosine"),
+        (("--tune-lora", "-1"), "--tune-lora: got -1, expected an int >= 0"),
         (("--tune-warmup", "4"), "--tune-warmup: got 4, expected at most the 3 steps at 512 tokens"),
+        (
+            ("--screen", "400"),
+            "--screen: got 400, expected lengths between 512, from where on that search scores, and the target 1024",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_done(
@@ -261,6 +269,21 @@ def test_what_cannot_work_is_said_before_anything_is_done(
     assert not (tmp_path / "run/stages").exists()
 
 
+def test_a_step_that_ranks_cannot_share_is_said_before_anything_is_done(
+    command: Callable[..., Finished],
+    model_folder: Path,
+    long_texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(context, "meet", torch.distributed.HashStore)
+    done = command(*arguments(model_folder, long_texts, tmp_path / "run"))
+    expected = "--tune-batch: got 1, expected a multiple of 2, the sequences that 2 ranks read at once"
+    assert (done.code, done.err) == (2, f"longrope: {expected}\n")
+    assert not (tmp_path / "run/stages").exists()
+
+
 def test_text_with_nothing_left_to_train_on_is_said(
     command: Callable[..., Finished], model_folder: Path, tmp_path: Path
 ) -> None:
@@ -269,6 +292,21 @@ def test_text_with_nothing_left_to_train_on_is_said(
     assert done.code == 2
     assert "--text: got 0 tokens to train on, expected enough for one sequence of 512" in done.err
     assert not (tmp_path / "run/stages").exists(), "before the searches, not after them"
+
+
+def test_a_target_that_is_trained_at_needs_no_second_search(
+    command: Callable[..., Finished], model_folder: Path, long_texts: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    asked = ("--to", 512, "--tune", "256:2,512:1", "--readjust", "none")
+    done = command(*arguments(model_folder, long_texts, run), *asked)
+    assert done.code == 0, done.err
+    assert "without training" not in done.out
+    rope, _ = factors.read(run / "factors/winner.json")
+    assert rope.lengths == (128, 512)
+    assert rope.regimes[512] == factors.read(run / "stages/search-512/factors/winner.json")[0].scalings[-1]
+    assert read(run, "export.json")["reload"]["passed"]
+    assert read(run, "lengths.json")["lengths"] == [128, 256, 512]
 
 
 def test_lengths_double_from_the_original_to_the_target() -> None:
@@ -356,6 +394,34 @@ def test_training_text_that_changed_is_not_mixed_with_what_was_tuned(
     run.write_text(json.dumps(asked))
     done = command(*arguments(model_folder, long_texts, moved))
     assert (done.code, "--text: got" in done.err, done.err.count("\n")) == (2, True, 1), done.err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tune-256/tune.json", "{", "stages/tune-256/tune.json: got a broken file"),
+        ("tune-256/tune.json", '{"format": "longrope-tune/0"}', "tune-256/tune.json, expected what a training leaves"),
+        ("search-256/search.json", "{}", "search-256/search.json, expected what a search leaves"),
+        ("search-256/factors/winner.json", "{}", "winner.json, expected a factor file of format"),
+        ("tune-512/model/model.safetensors", "no weights", "stages/tune-512/model ("),
+    ],
+)
+def test_what_is_broken_is_named_and_refused(
+    file: str,
+    content: str,
+    words: str,
+    progressive: Run,
+    command: Callable[..., Finished],
+    model_folder: Path,
+    long_texts: Path,
+    tmp_path: Path,
+) -> None:
+    moved = Path(shutil.copytree(progressive.folder, tmp_path / "moved"))
+    (moved / "stages" / file).write_text(content)
+    shutil.rmtree(moved / "stages/search-1024")  # which reads the tuned weights
+    done = command(*arguments(model_folder, long_texts, moved))
+    assert (words in done.err, done.err.count("\n")) == (True, 1), done.err
+    assert done.code in (1, 2)
 
 
 def test_killed_while_a_readjustment_is_proved_it_goes_on(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 import tiny
 import torch
 from conftest import Finished
+from test_killed_search import STOPPED_WHILE_WRITING, logged
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -173,6 +177,33 @@ def test_longrope2_searches_by_needles_and_goes_on_without_repeating_anything(
     kept = {file: (tmp_path / file).read_bytes() for file in ("evaluations.jsonl", "search.json")}
     assert command(*arguments, "--run-dir", tmp_path).code == 0
     assert {file: (tmp_path / file).read_bytes() for file in kept} == kept
+
+
+def test_a_search_by_needles_that_is_killed_goes_on_to_the_same_winner(
+    arguments: list[str], command: Callable[..., Finished], tmp_path: Path
+) -> None:
+    """SIGKILL twice, each time in the middle of a line: in the seeds, and among children of the first generation."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert command(*arguments, "--run-dir", whole).code == 0
+    for line, lines in ((6, 5), (45, 49)):
+        program = STOPPED_WHILE_WRITING.format(line=line, bytes=40, then="os.kill(os.getpid(), signal.SIGKILL)")
+        killed = [sys.executable, "-c", program, *arguments, "--run-dir", str(broken)]
+        assert subprocess.run(killed, stdout=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
+        log = (broken / "evaluations.jsonl").read_bytes()
+        assert (log.count(b"\n"), len(log) - log.rindex(b"\n") - 1) == (lines, 40)
+    done = command(*arguments, "--run-dir", broken)
+    assert (done.code, done.err) == (0, "")
+    assert "49 evaluations are there and are not repeated" in done.out
+    after = logged(broken)
+    assert (broken / "evaluations.jsonl").read_bytes().startswith(log[: log.rindex(b"\n") + 1])
+    # The same forwards in the same order, none twice, none more.
+    assert [(one["key"], one["nll_sha256"]) for one in after] == [(o["key"], o["nll_sha256"]) for o in logged(whole)]
+    ours, theirs = (json.loads((folder / "search.json").read_text()) for folder in (broken, whole))
+    ours.pop("seconds"), theirs.pop("seconds")
+    assert ours == theirs
+    winners = [json.loads((folder / "factors/winner.json").read_text()) for folder in (broken, whole)]
+    assert winners[0]["rope"] == winners[1]["rope"]
+    assert winners[0]["candidate"]["critical_pair"] is not None or winners[0]["origin"].startswith("seed ")
 
 
 @pytest.mark.parametrize(

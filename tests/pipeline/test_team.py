@@ -18,6 +18,8 @@ from conftest import Finished, Run
 from test_killed_search import logged, searching
 
 from longrope import team
+from longrope.errors import PipelineError, UsageError
+from longrope.progressive import stages
 
 # Rank 0 computes nothing before rank 1 has put so many records into the log. Rank 1 is killed in its n-th forward, and
 # where torchrun starts all anew not again.
@@ -40,13 +42,16 @@ def token_nll(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 
-class Leader(team.Leader):
-    def __init__(self, store, ranks, job, log):
+class Crew(team.Crew):
+    def __init__(self, store, ranks):
+        super().__init__(store, ranks, patience=2.0)
+
+    def lead(self, job, log):
         logs.append(log)
-        super().__init__(store, ranks, job, log, patience=2.0)
+        return super().lead(job, log)
 
 scoring.token_nll = token_nll
-context.Leader = Leader
+context.Crew = Crew
 cli.main(sys.argv[1:])
 """
 
@@ -113,7 +118,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_rank_that_has_other_weights_is_refused(
     worker: Any, model_folder: Path, command: Callable[..., Finished]
 ) -> None:
-    worker.set(team.JOB, json.dumps({"model_fingerprint": "0123456789abcdef"}))
+    job = {"kind": team.FORWARDS, "model": None, "model_fingerprint": "0123456789abcdef"}
+    team.part_of(worker, 1).set(team.JOB, json.dumps(job))
     done = command("search", model_folder, "--to", "256")
     assert done.code == 2
     assert done.err.startswith(f"longrope: MODEL: got {model_folder} with fingerprint ")
@@ -123,10 +129,32 @@ def test_a_rank_that_has_other_weights_is_refused(
 def test_a_rank_goes_home_when_there_is_nothing_to_do(
     worker: Any, model_folder: Path, command: Callable[..., Finished]
 ) -> None:
-    worker.set(team.DONE, "1")
+    missed, last = (team.part_of(worker, number) for number in (1, 2))
+    missed.set(team.JOB, json.dumps({"kind": team.FORWARDS, "model": "gone", "model_fingerprint": "0"}))
+    missed.set(team.DONE, "1")  # over before this rank came to it: it does not load the model
+    last.set(team.JOB, json.dumps({"kind": team.END}))
     done = command("extend", model_folder, "--to", "256")
     assert (done.code, done.out, done.err) == (0, "", "")
-    assert worker.check(["longrope/left/1"])
+    assert missed.check(["longrope/left/1"])
+    assert last.check(["longrope/left/1"])
+
+
+def test_a_training_is_not_begun_without_a_rank_that_has_died() -> None:
+    store = torch.distributed.HashStore()
+    store.set("longrope/beat/1", "7")
+    crew = team.Crew(store, 2, patience=0.2)
+    assert crew.alive(1)
+    with pytest.raises(
+        PipelineError, match=r"^rank 1: got no sign of life for 0.2 seconds, expected it to train; what"
+    ):
+        crew.train({"model": None})
+
+
+def test_ranks_train_on_the_same_text_or_not_at_all(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    job = {"sources": [str(text_folder)], "taken": [], "text": "that of rank 0"}
+    with pytest.raises(UsageError, match=r"^--text: got other documents on rank 1 than on rank 0, expected the same"):
+        stages.train_along(None, job)  # type: ignore[arg-type]
 
 
 def test_a_forward_is_claimed_once() -> None:

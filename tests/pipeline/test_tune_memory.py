@@ -98,6 +98,16 @@ def test_what_is_said_to_fit_fits() -> None:
         memory.check(LLAMA2_7B, settings, memory.GIB)
 
 
+def test_ranks_share_the_frozen_weights_of_adapters() -> None:
+    settings = TuneSettings(length=4096, steps=1, batch=8, dtype="bf16", lora_rank=16)
+    alone, shared = (memory.foreseen(LLAMA2_7B, settings, ranks) for ranks in (1, 8))
+    assert alone.weights / 8 < shared.weights < alone.weights / 4, "two layers and the embedding are whole at work"
+    assert shared.gradients == pytest.approx(alone.gradients / 8, abs=8)
+    whole = dataclasses.replace(settings, lora_rank=0)
+    with pytest.raises(PipelineError, match="would fit: --lora-rank 16"):
+        memory.check(LLAMA2_7B, whole, shared.total, 8)
+
+
 def test_adapters_are_counted_as_peft_makes_them() -> None:
     peft = pytest.importorskip("peft")
     model = build()

@@ -14,46 +14,66 @@ import longrope_kernels as lk
 from ..context import Context
 from ..progress import console, say, task
 from ..search.budget import forward_cost
-from ..search.seeds import baselines
 from ..team import Forward
 from .bootstrap import paired_difference
+from .measure import BASELINES, baseline
 from .passkey import passkey
-from .scoring import Scorer, bucket_tokens, mean_nll
+from .scoring import Scorer, block_tokens, bucket_tokens, mean_nll
 
 OURS = "longrope"
 MOST_BUCKETS = 8  # of positions, in tables and figures
-TITLES = {"original": "original", "pi": "PI", "ntk": "NTK", "yarn": "YaRN", OURS: "LongRoPE (ours)"}
+DYNAMIC = "dynamic-ntk"  # NTK made anew for every length: at the target it is NTK
+TITLES = {**BASELINES, OURS: "LongRoPE (ours)"}
 
 
-def methods(context: Context, ours: lk.LongRope | None) -> dict[str, lk.LongRope]:
-    """Return the ladders that are compared, each as published; `ours` last, where there is one."""
-    loaded = context.loaded
-    found = {"original": loaded.rope}
-    for name, candidate in baselines(loaded.base, loaded.original_length, context.extension).items():
-        found[name] = loaded.extended(candidate.scaling(loaded.base), context.target_length)
+def methods(context: Context, ours: lk.LongRope | None, dynamic: bool = False) -> dict[str, lk.LongRope]:
+    """Return the ladders that are compared at the target, each as published; `ours` last, where there is one."""
+    names = [name for name in BASELINES if dynamic or name != DYNAMIC]
+    found = {name: baseline(context, name).at(context.target_length) for name in names}
     return found if ours is None else {**found, OURS: ours}
 
 
+def position_edges(original: int, target: int) -> list[int]:
+    """Return the edges of the buckets of positions, and of the lengths of texts, up to the target."""
+    bucket = bucket_tokens(original)
+    return [*range(0, target, bucket * math.ceil(target / bucket / MOST_BUCKETS)), target]
+
+
+def text_lengths(original: int, target: int) -> list[int]:
+    """Return the lengths of the table by length: those of the edges beyond the original, in whole blocks."""
+    block = block_tokens(original)
+    return [length for length in position_edges(original, target)[1:] if length > original and length % block == 0]
+
+
 def run_evaluation(
-    context: Context, ours: lk.LongRope | None, name: str = "heldout.json", what: str = "evaluate"
+    context: Context,
+    ours: lk.LongRope | None,
+    name: str = "heldout.json",
+    what: str = "evaluate",
+    dynamic: bool = False,
 ) -> dict[str, Any]:
     """Evaluate on the held-out documents, write the result and return it.
 
     Args:
         ours: the searched ladder; None evaluates the original model and the baselines alone.
+        dynamic: dynamic NTK too, which takes a forward for each length of a text below the target.
     """
     loaded = context.loaded
     windows = context.split.heldout
-    compared = methods(context, ours)
+    compared = methods(context, ours, dynamic)
     original, target = loaded.original_length, context.target_length
     short_methods = [method for method in ("original", OURS) if method in compared]
     depths = context.passkey_depths if ours is not None else ()
     passkey_methods = [method for method in ("original", "yarn", OURS) if depths and method in compared]
     total = len(windows) * (len(compared) * forward_cost(target) + len(short_methods) * forward_cost(original))
     total += len(depths) * len(passkey_methods) * forward_cost(target)
+    shorter = [length for length in text_lengths(original, target) if length < target] if dynamic else []
+    total += len(windows) * sum(map(forward_cost, shorter))
+    anew = {length: baseline(context, DYNAMIC).at(length) for length in shorter}
 
     long: dict[str, list[dict[str, Any]]] = {method: [] for method in compared}
     short: dict[str, list[dict[str, Any]]] = {method: [] for method in short_methods}
+    texts: dict[int, list[dict[str, Any]]] = {length: [] for length in shorter}
     keys: dict[str, list[dict[str, Any]]] = {}
     with task(what, total) as work:
         scorer = Scorer(loaded, context.run.evaluations, team=context.team)
@@ -62,6 +82,12 @@ def run_evaluation(
             for window in windows
             for chosen, length, stage in ((compared, target, "heldout"), (short_methods, original, "heldout short"))
             for method in chosen
+            if method != DYNAMIC
+        )
+        scorer.announce(
+            Forward(window, rope, length, 0, {"stage": "heldout", "method": DYNAMIC})
+            for window in windows
+            for length, rope in anew.items()
         )
         label = ""
         scorer.on_new = lambda length, seconds: work.advance(forward_cost(length), label)
@@ -74,6 +100,9 @@ def run_evaluation(
                 label = f"{TITLES[method]}, {original:,} tokens of {window.name}"
                 record = scorer.score(window, compared[method], original, stage="heldout short", method=method)
                 short[method].append(record)
+            for length, rope in anew.items():
+                label = f"{TITLES[DYNAMIC]}, {length:,} tokens of {window.name}"
+                texts[length].append(scorer.score(window, rope, length, stage="heldout", method=DYNAMIC))
         for method in passkey_methods:
             keys[method] = passkey(
                 loaded,
@@ -85,7 +114,7 @@ def run_evaluation(
                 on_new=lambda length, seconds: work.advance(forward_cost(length), "passkey"),
                 method=method,
             )
-    result = tabulate(context, compared, long, short, keys)
+    result = tabulate(context, compared, long, short, keys, texts)
     context.run.write_json(name, result)
     return result
 
@@ -96,18 +125,23 @@ def tabulate(
     long: Mapping[str, Sequence[dict[str, Any]]],
     short: Mapping[str, Sequence[dict[str, Any]]],
     keys: Mapping[str, Sequence[dict[str, Any]]],
+    texts: Mapping[int, Sequence[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Make the numbers of the report from the records."""
+    """Make the numbers of the report from the records.
+
+    Args:
+        texts: those of dynamic NTK at lengths below the target.
+    """
     original, target = context.loaded.original_length, context.target_length
-    bucket = bucket_tokens(original)
-    bucket *= math.ceil(target / bucket / MOST_BUCKETS)
-    block = next(iter(long.values()))[0]["block_tokens"]
-    edges = [*range(0, target, bucket), target]
-    table: dict[str, Any] = {}
+    block = block_tokens(original)
+    edges, lengths = position_edges(original, target), text_lengths(original, target)
+    titles, table = dict(TITLES), dict[str, Any]()
+    if any(factor != 1 for factor in context.loaded.base.rescale_factors):
+        titles["original"] = f"extended to {original:,}, not further"
     for method, rope in compared.items():
         records = long[method]
         table[method] = {
-            "title": TITLES[method],
+            "title": titles[method],
             "rope": rope.scalings[-1].to_dict(),
             "nll": mean_nll(records, original, target),
             "perplexity": math.exp(mean_nll(records, original, target)),
@@ -120,9 +154,8 @@ def tabulate(
             ],
             # A shorter text than the target is a prefix of it under the same regime, and attention is causal.
             "by_length": [
-                {"length": length, "nll": mean_nll(records, 0, length)}
-                for length in edges[1:]
-                if length > original and length % block == 0
+                {"length": n, "nll": mean_nll(texts.get(n, records) if method == DYNAMIC else records, 0, n)}
+                for n in lengths
             ],
         }
         if method in short:
@@ -139,7 +172,7 @@ def tabulate(
         "format": "longrope-heldout/1",
         "original_length": original,
         "target_length": target,
-        "bucket_tokens": bucket,
+        "bucket_tokens": edges[1],
         "windows": [window.describe() for window in context.split.heldout],
         "methods": table,
     }
@@ -173,6 +206,11 @@ def say_evaluation(result: dict[str, Any]) -> None:
         cells = [_number(math.exp(min(bucket["nll"], 700))) for bucket in method["by_position"]]
         table.add_row(method["title"], *cells, _number(method["perplexity"]))
     console.print(table)
+    if DYNAMIC in result["methods"]:
+        for method in ("ntk", DYNAMIC):
+            shown = result["methods"][method]
+            texts = [f"{one['length']:,}: {_number(math.exp(min(one['nll'], 700)))}" for one in shown["by_length"]]
+            say(f"  perplexity of whole texts by length, {shown['title']}: {', '.join(texts)}")
     for method, difference in result.get("differences", {}).items():
         say(
             f"  loss of ours minus {result['methods'][method]['title']}: {difference['mean']:+.4f} nats "

@@ -13,13 +13,15 @@ import longrope_kernels as lk
 
 from ..context import Context
 from ..evaluate.bootstrap import paired_difference
+from ..evaluate.measure import baseline
 from ..evaluate.scoring import Scorer, mean_nll
-from ..evaluate.stage import OURS, TITLES, methods
+from ..evaluate.stage import DYNAMIC, OURS, TITLES, methods
 from ..progress import console, say, task
 from ..search.budget import forward_cost
+from ..team import Forward
 
 FORMAT = "longrope-lengths/1"
-ORIGINAL = "original"
+ORIGINAL, STAGE = "original", "by length"
 
 
 def lengths_between(shortest: int, longest: int) -> list[int]:
@@ -53,21 +55,26 @@ def score_lengths(context: Context, ropes: Mapping[str, lk.LongRope], lengths: S
     ) as work:
         scorer.on_new = lambda length, seconds: work.advance(forward_cost(length))
         scorer.on_known = lambda length: work.skip(forward_cost(length))
+        scorer.announce(
+            Forward(window, rope, read, 0, {"stage": STAGE, "method": method}) for method, rope, _, read, window in jobs
+        )
         for method, rope, length, read, window in jobs:
             key = (method, read, window.name)
             if key not in known:
-                known[key] = scorer.score(window, rope, read, stage="by length", method=method)
+                known[key] = scorer.score(window, rope, read, stage=STAGE, method=method)
             found[method][length].append(known[key])
     return found
 
 
-def one_regime(context: Context) -> dict[str, lk.LongRope]:
-    """Return the original as it is, and PI, NTK and YaRN for the target as published: one regime for all lengths."""
-    target = context.target_length
-    return {
-        name: rope if name == ORIGINAL else lk.LongRope(context.original_length, {target: rope.scalings[-1]})
+def published(context: Context, lengths: Sequence[int]) -> dict[str, lk.LongRope]:
+    """Return the original as it is, PI, NTK and YaRN with one regime for all lengths, and dynamic NTK."""
+    target, original = context.target_length, context.original_length
+    found = {
+        name: rope if name == ORIGINAL else lk.LongRope(original, {target: rope.scalings[-1]})
         for name, rope in methods(context, None).items()
     }
+    dynamic = baseline(context, DYNAMIC)
+    return {**found, DYNAMIC: lk.LongRope(original, {n: dynamic.at(n).select(n) for n in lengths})}
 
 
 def tabulate(records: Mapping[str, Mapping[int, list[dict[str, Any]]]], lengths: Sequence[int]) -> dict[str, Any]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ..errors import refuse
+from ..errors import UsageError, refuse
 from ..search.readjust import LEAST_LENGTH
 
+# What `longrope extend` calls the options of `longrope tune`.
+OPTIONS = {
+    **{f"--{name}": f"--tune-{name}" for name in ("batch", "lr", "schedule", "warmup", "short-share")},
+    **{"--lora-rank": "--tune-lora", "--length": "--tune", "--steps": "--tune"},
+}
 MOST_WITHOUT_TRAINING = 8  # times the tuned length: how far the paper extends by a search alone
 
 
@@ -57,6 +64,16 @@ class Recipe:
         if times <= MOST_WITHOUT_TRAINING:
             return []
         return [f"the target is {times:g} times the tuned length; the paper goes up to {MOST_WITHOUT_TRAINING} times"]
+
+
+@contextmanager
+def named_as_typed() -> Iterator[None]:
+    """Have a refusal of what is tuned with name the option that `longrope extend` has for it."""
+    try:
+        yield
+    except UsageError as error:
+        option, colon, rest = str(error).partition(":")
+        raise UsageError(f"{OPTIONS.get(option, option)}{colon}{rest}") from error
 
 
 def parse_tune(text: str) -> tuple[tuple[int, int], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,22 @@ from ..progress import clock, say
 from ..report import write_report
 from ..run import STAGES, digest, read_json
 from ..search.budget import Budget
+from ..search.problem import planned_forwards, within
 from ..search.readjust import LADDER_FILE, RESULT_FILE, run_readjustment
 from ..search.seeds import BLENDS, baselines
-from ..search.stage import WINNER_FILE, counts, evolution_settings, run_search
+from ..search.stage import WINNER_FILE, counts, evolution_settings, planned_search, run_search
+from ..team import rank
 from ..tune.data import Segments
 from ..tune.memory import Shape, foreseen
 from ..tune.prepare import compute_dtype, resolve
 from ..tune.settings import TuneSettings
+from ..tune.stage import FORMAT as TUNED
 from ..tune.stage import run_tuning
-from .by_length import lengths_between, one_regime, say_lengths, score_lengths, tabulate
-from .recipe import Recipe
+from .by_length import lengths_between, published, say_lengths, score_lengths, tabulate
+from .recipe import Recipe, named_as_typed
 
 READJUST_SEEDS = len(BLENDS) + 2  # and both ends
+READJUST_WALK = 4  # attention factors besides that of the best seed
 PROVED = 3  # on held-out documents: both ends of a readjustment, and what was found
 
 
@@ -61,7 +65,12 @@ class Extension:
             UsageError: a budget that does not reach for the seeds of one of the searches.
         """
         recipe, request = self.recipe, self.context.request
-        candidates = evolution_settings(request).candidates
+        again = recipe.target > recipe.tuned
+        start = recipe.tuned if again else recipe.original
+        for length in request.screens if recipe.searched else ():
+            if not start < length < recipe.target:
+                expected = f"lengths between {start}, from where on that search scores, and the target {recipe.target}"
+                refuse("--screen", length, expected)
 
         def search(name: str, kind: str, length: int, budget: Budget, windows_of: int = 0) -> Stage:
             split = self.context.split.cut(self.context.loaded.tokenizer, windows_of or length)
@@ -72,26 +81,35 @@ class Extension:
                 argument = "--last-budget" if kind == "second search" else "--budget"
                 expected = f"at least {seeds * samples}: {seeds} seeds on {samples} {what} of {length} tokens"
                 refuse(argument, budget.evaluations, expected)
-            proofs = PROVED * len(split.heldout) if kind == "readjust" else 0
-            sequences = min(candidates * samples, budget.evaluations or candidates * samples) + proofs
-            return Stage(name, kind, length, sequences, budget.seconds)
+            if kind != "readjust":
+                chosen = request if length == recipe.target else dataclasses.replace(request, screens=())
+                planned = planned_search(chosen, len(split.search), length, start, budget.evaluations)
+                return Stage.search(name, kind, planned, budget.seconds)
+            planned = planned_forwards(evolution_settings(request), seeds, [(length, samples)], [], READJUST_WALK)
+            planned = within(planned, length, seeds * samples, budget.evaluations)
+            proofs = PROVED * len(split.heldout)
+            return Stage(name, kind, length, planned[length] + proofs, budget.seconds)
 
         plan = [Stage(f"tune-{length}", "tune", length, steps * self.settings.batch) for length, steps in recipe.tune]
         if recipe.searched:
             plan = [*(search(f"search-{length}", "search", length, self.budget) for length, _ in recipe.tune), *plan]
-            if recipe.target > recipe.tuned:
+            if again:
                 plan.append(search(f"search-{recipe.target}", "second search", recipe.target, self.last_budget))
         for length in recipe.readjust:
             name, longest = f"readjust-{length}", recipe.readjust[-1]
             plan.append(search(name, "readjust", length, self.budget, longest))
-        return [*plan, Stage("evaluate", "evaluate", recipe.target, 9 * len(self.context.split.heldout))]
+        # PI, NTK, YaRN, the original; dynamic NTK and ours, at lengths that add up to twice the target; what the second
+        # search is shown beside; pass keys of three methods.
+        forwards = 8 + (5 + 3 * len(self.context.passkey_depths)) * again
+        return [*plan, Stage("evaluate", "evaluate", recipe.target, forwards * len(self.context.split.heldout))]
 
     def plan(self) -> dict[str, Any]:
         """Print the plan and write `plan.json`; refuse what memory will not hold."""
         loaded, recipe, stages = self.context.loaded, self.recipe, self.stages()
         # What training would refuse is said now, not after the searches.
         for length, _ in recipe.tune:
-            resolve(self.settings_of(length), loaded, loaded.extended(loaded.base, length))
+            with named_as_typed():
+                resolve(self.settings_of(length), loaded, loaded.extended(loaded.base, length))
         Segments(loaded.tokenizer, self.documents(), recipe.tuned)
         training = {stage.name: self.training_bytes(stage) for stage in stages if stage.kind == "tune"}
         plan = make_plan(loaded, recipe.original, recipe.target, stages, training, recipe.notes)
@@ -107,7 +125,8 @@ class Extension:
     def training_bytes(self, stage: Stage) -> int:
         loaded = self.context.loaded
         dtype = compute_dtype(self.settings.dtype, loaded.dtype)
-        return foreseen(Shape.of(loaded.model), dataclasses.replace(self.settings_of(stage.length), dtype=dtype)).total
+        settings = dataclasses.replace(self.settings_of(stage.length), dtype=dtype)
+        return foreseen(Shape.of(loaded.model), settings, rank()[1]).total
 
     def settings_of(self, length: int) -> TuneSettings:
         """Return the settings of the fine-tuning at a length."""
@@ -139,8 +158,14 @@ class Extension:
         say(f"== {name} ({clock(time.monotonic() - self.began)})")
 
     @contextmanager
-    def open(self, name: str, model: str, to: int, depths: tuple[float, ...] = (), **changes: Any) -> Iterator[Context]:
-        """Open the folder of a stage: its own model and target, the documents of the whole run."""
+    def open(
+        self, name: str, model: str, to: int, depths: tuple[float, ...] = (), again: bool = False, **changes: Any
+    ) -> Iterator[Context]:
+        """Open the folder of a stage: its own model and target, the documents of the whole run.
+
+        Args:
+            again: see `Context`.
+        """
         context = self.context
         first = model == context.request.model
         request = dataclasses.replace(
@@ -155,7 +180,7 @@ class Extension:
             **changes,
         )
         folder = context.run.path / STAGES / name
-        opened = Context.open(request, folder, context.threads, depths, within=context)
+        opened = Context.open(request, folder, context.threads, depths, within=context, again=again)
         if first:
             opened.share(context)
         with closing(opened):
@@ -193,22 +218,43 @@ class Extension:
         context, recipe = self.context, self.recipe
         rope, model = context.loaded.rope, context.request.model
         context.release()
-        ladder, text = rope, digest(sorted(document.sha256 for document in self.documents()))
+        ladder, text = rope, text_of(self.documents())
         for length, _ in recipe.tune:
             self.stage(f"fine-tune at {length:,} tokens")
             ladder = lk.LongRope(rope.original_max_position_embeddings, {**rope.regimes, length: regimes[length]})
             folder = context.run.path / STAGES / f"tune-{length}"
-            made = read_json(folder / "tune.json") if (folder / "tune.json").is_file() else {}
+            made = finished_training(folder)
             finished = (
-                (folder / "model" / "config.json").is_file()
+                made is not None
+                and (folder / "model" / "config.json").is_file()
                 and (made["rope"], made["documents"]) == (ladder.to_dict(), text)
                 and made["provenance"]["model_fingerprint"] == models.fingerprint(models.find(model))
             )
             if not finished:  # a training of other factors, text or weights is refused, not taken over
                 loaded = models.load(model, context.run.settings["dtype"], threads=context.threads)
-                run_tuning(loaded, ladder, self.settings_of(length), self.documents(), folder)
+                settings = self.settings_of(length)
+                if context.crew is not None:
+                    context.crew.train(self.training_job(loaded, ladder, settings, text, folder))
+                run_tuning(loaded, ladder, settings, self.documents(), folder)
             model = str(folder / "model")
         return Path(model), ladder
+
+    def training_job(
+        self, loaded: models.LoadedModel, ladder: lk.LongRope, settings: TuneSettings, text: str, folder: Path
+    ) -> dict[str, Any]:
+        """Return what `train_along` needs to know of a training; JSON."""
+        return {
+            "model": str(loaded.source.file.absolute()) if loaded.source.file.exists() else loaded.name,
+            "model_fingerprint": models.fingerprint(loaded.source),
+            "dtype": loaded.dtype,
+            "original_length": None,
+            "rope": ladder.to_dict(),
+            "settings": dataclasses.asdict(settings),
+            "sources": self.context.request.text,
+            "taken": sorted(self.context.split.texts),
+            "text": text,
+            "folder": str(folder.absolute()),
+        }
 
     def readjust(self, model: Path, ladder: lk.LongRope) -> lk.LongRope:
         """Return the ladder with regimes for the short lengths that are searched on the tuned model."""
@@ -234,9 +280,9 @@ class Extension:
         context.run.write_json("ladder.json", {"format": "longrope-ladder/1", "regimes": regimes})
         self.stage("perplexity by length, on held-out documents")
         lengths = lengths_between(recipe.original, recipe.target)
-        records = score_lengths(context, one_regime(context), lengths)
+        records = score_lengths(context, published(context, lengths), lengths)
         context.release()
-        with self.open("result", str(model), recipe.target, context.passkey_depths) as result:
+        with self.open("result", str(model), recipe.target, context.passkey_depths, again=True) as result:
             records |= score_lengths(result, {OURS: ladder}, lengths)
             table = tabulate(records, lengths)
             context.run.write_json("lengths.json", table)
@@ -256,7 +302,46 @@ class Extension:
         return table
 
 
+def train_along(loaded: models.LoadedModel, job: dict[str, Any]) -> None:
+    """Train with the other ranks what rank 0 has begun, see `Extension.training_job`.
+
+    Raises:
+        UsageError: the text here is other than rank 0's; one line.
+    """
+    documents = list(data.training(job["sources"], set(job["taken"])))
+    if text_of(documents) != job["text"]:
+        refuse("--text", f"other documents on rank {rank()[0]} than on rank 0", "the same, to train on")
+    settings = TuneSettings(**{**job["settings"], "betas": tuple(job["settings"]["betas"])})
+    run_tuning(loaded, lk.LongRope.from_dict(job["rope"]), settings, documents, job["folder"])
+
+
+def text_of(documents: Iterable[data.Document]) -> str:
+    """Return 16 hex digits of the documents, whatever order they come in."""
+    return digest(sorted(document.sha256 for document in documents))
+
+
+def finished_training(folder: Path) -> dict[str, Any] | None:
+    """Return the `tune.json` of a stage, or None where there is none.
+
+    Raises:
+        UsageError: broken, or of something else; one line that names it.
+    """
+    file = folder / "tune.json"
+    if not file.is_file():
+        return None
+    made = read_json(file)
+    if not isinstance(made, dict) or made.get("format") != TUNED or not {"rope", "documents", "provenance"} <= {*made}:
+        refuse("--run-dir", file, f"what a training leaves, of format {TUNED!r}; without it, it is made again")
+    return made
+
+
 def done(context: Context, result: str, budget: Budget) -> bool:
-    """Whether a search has left its result, within the budget that is asked for now."""
+    """Whether a search has left its result, within the budget that is asked for now.
+
+    Raises:
+        UsageError: a result that is broken; one line that names it.
+    """
     found = context.run.read_json(result)
+    if found is not None and (not isinstance(found, dict) or "budget" not in found):
+        refuse("--run-dir", context.run.path / result, "what a search leaves; without it, it is made again")
     return found is not None and found["budget"] == budget.bounds

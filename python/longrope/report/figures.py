@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from .files import screen_text
 
-COLORS = {"original": "#8a8f98", "pi": "#c58b2a", "ntk": "#4f86c6", "yarn": "#3a9188", "longrope": "#c8385a"}
+COLORS = {"original": "#8a8f98", "pi": "#c58b2a", "ntk": "#4f86c6", "dynamic-ntk": "#7a6fb0", "yarn": "#3a9188"}
+COLORS["longrope"] = "#c8385a"
 TITLES = {"original": "original", "pi": "PI", "ntk": "NTK", "yarn": "YaRN", "longrope": "LongRoPE (ours)"}
 OTHERS = ("#7a5aa6", "#8a6d3b", "#3b3f46", "#b07aa1", "#7f9f3f")  # seeds without a name of their own
 INK, FAINT = "#22262e", "#d9dce1"
@@ -100,6 +101,8 @@ def by_position(heldout: dict[str, Any]) -> Figure:
         base = [bucket["nll"] for bucket in methods[best]["by_position"]]
         reach = 0.0
         for name, method in methods.items():
+            if name == "dynamic-ntk":  # of one text of the target's length it is NTK
+                continue
             buckets = method["by_position"]
             middles = [(bucket["first"] + bucket["last"]) / 2 for bucket in buckets]
             ours = name == "longrope"

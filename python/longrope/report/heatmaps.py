@@ -13,7 +13,6 @@ from .figures import COLORS, INK, STYLE, axes, plain_log
 
 # One brightness for one value, to every kind of eye and in print; in so few steps that SVG needs no picture for them.
 COLOR_MAP = mpl.colormaps["cividis"].resampled(21)
-BASELINE_COLORS = {**COLORS, "dynamic-ntk": "#7a6fb0"}
 MARKERS = {"original": "s", "pi": "v", "ntk": "^", "dynamic-ntk": "D", "yarn": "P"}
 
 
@@ -68,7 +67,7 @@ def by_length(measured: list[dict[str, Any]], section: str, title: str) -> Figur
 
 def _line(ax: Axes, one: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     name = one["method"]
-    color = BASELINE_COLORS.get(name, COLORS["longrope"])
+    color = COLORS.get(name, COLORS["longrope"])
     lengths = [row["length"] for row in rows]
     ax.plot(
         lengths, [perplexity(row["nll"]) for row in rows], color=color, label=one["title"], linewidth=1.8,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..plan import sequences_of
 from .figures import COLORS, INK, axes, plain_log, thousands
 from .files import OURS, Report
 from .markup import as_perplexity, card, figure, table
@@ -75,7 +76,8 @@ def stages_section(report: Report, drawn: dict[str, str]) -> str:
             False,
             [
                 stage["name"],
-                *(f"{stage[key]:,}" for key in ("sequences", "length", "tokens")),
+                *sequences_of(stage),
+                f"{stage['tokens']:,}",
                 f"{stage['bytes'] / 2**30:.2f} GiB",
                 f"{stage['seconds']:,.0f} s",
             ],

@@ -57,15 +57,9 @@ class Problem:
 
     def planned(self, screens: Sequence[Screen]) -> dict[int, int]:
         """Return how many forwards of each length the settings mean, without any budget."""
-        settings, seeds = self.settings, len(self.seeds)
-        totals = dict.fromkeys((length for length, _ in self.forwards([0] * (len(screens) + 1))), 0)
-        children = [settings.mutations + settings.crossovers] * settings.iterations
-        children.insert(0, max(settings.population - seeds, 0))
-        counts = [survivors_counts(count, screens, screens, settings.controls) for count in children]
-        for some in ([seeds] * (len(screens) + 1), *counts):
-            for length, number in self.forwards(some):
-                totals[length] += number
-        return totals
+        steps = [(step.length, len(step.samples)) for step in (*self.screens, self.objective)]
+        walk = len(self.space.attention_factors) - 1
+        return planned_forwards(self.settings, len(self.seeds), steps, screens, walk)
 
     def require(self, budget: Budget) -> None:
         """Refuse a budget that does not reach for the seeds, without which there is nothing to search from."""
@@ -73,6 +67,46 @@ class Problem:
         if budget.evaluations is not None and budget.evaluations < needed:
             names = ", ".join(self.seeds)
             refuse("--budget", budget.evaluations, f"at least {needed}: {names} on every {self.objective.unit}")
+
+
+def planned_forwards(
+    settings: EvolutionSettings, seeds: int, steps: Sequence[tuple[int, int]], screens: Sequence[Screen], walk: int = 0
+) -> dict[int, int]:
+    """Return how many forwards of each length an evolution means at most, without any budget.
+
+    Args:
+        seeds: their number.
+        steps: length and samples of every screen, the cheapest first, and last of the objective.
+        screens: one for each step but the last.
+        walk: candidates of the walk along the attention factor, which no screen reads.
+    """
+    totals = dict.fromkeys((length for length, _ in steps), 0)
+    children = [settings.mutations + settings.crossovers] * settings.iterations
+    children.insert(0, max(settings.population - seeds - walk, 0))
+    counts = [survivors_counts(count, screens, screens, settings.controls) for count in children]
+    for some in ([seeds] * len(steps), [*([0] * len(screens)), walk], *counts):
+        for (length, samples), number in zip(steps, some, strict=True):
+            totals[length] += samples * number
+    return totals
+
+
+def within(planned: Mapping[int, int], length: int, seeds: int, evaluations: int | None) -> dict[int, int]:
+    """Return what a budget leaves of planned forwards: those of the seeds, and of all others the same share.
+
+    Args:
+        length: of the objective, which gets what rounding leaves.
+        seeds: forwards of that length without which there is no search.
+
+    Examples:
+        >>> within({1000: 40, 2000: 26}, 2000, 6, 36)
+        {1000: 20, 2000: 16}
+    """
+    total = sum(planned.values())
+    if evaluations is None or evaluations >= total:
+        return dict(planned)
+    share = (evaluations - seeds) / max(total - seeds, 1)
+    found = {tokens: int(share * count) for tokens, count in planned.items()}
+    return found | {length: evaluations - sum(count for tokens, count in found.items() if tokens != length)}
 
 
 class ModelScore:

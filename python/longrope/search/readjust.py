@@ -23,6 +23,7 @@ from ..context import Context
 from ..errors import refuse
 from ..evaluate.scoring import Scorer, mean_nll
 from ..progress import say
+from ..team import Forward
 from .budget import Budget
 from .objectives import TextLoss
 from .problem import Problem
@@ -148,11 +149,16 @@ def prove(context: Context, problem: Problem, result: dict[str, Any]) -> dict[st
     winner = Candidate.from_dict(result["winner"]["candidate"])
     scores = {one["origin"]: one["score"] for one in result["history"]}
     scorer = Scorer(context.loaded, context.run.evaluations, team=context.team)
-    records = {}
+    forwards = {}
     for name, candidate in (*((end, problem.seeds[end]) for end in ENDS), ("readjusted", winner)):
         about = {"stage": f"{problem.name} heldout", "candidate": candidate.to_dict()}
         rope = problem.rope(candidate)
-        records[name] = [scorer.score(one.window, rope, one.length, one.start, **about) for one in heldout.samples]
+        forwards[name] = [Forward(one.window, rope, one.length, one.start, about) for one in heldout.samples]
+    scorer.announce(itertools.chain(*forwards.values()))
+    records = {
+        name: [scorer.score(one.window, one.rope, one.length, one.start, **one.about) for one in some]
+        for name, some in forwards.items()
+    }
     return {
         "length": length,
         "origin": result["winner"]["origin"],

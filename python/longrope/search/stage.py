@@ -13,7 +13,8 @@ from .budget import Budget
 from .evolve import EvolutionSettings
 from .needles import NeedleLoss
 from .objectives import Objective, TextLoss
-from .problem import Problem
+from .problem import Problem, planned_forwards, within
+from .screening import Screen
 from .seeds import CRITICAL_SEEDS, SEEDS, baselines, critical_seeds, su_attention_factor, yarn_attention_factor
 from .solve import solve
 from .space import Space, nearest
@@ -83,6 +84,27 @@ def counts(request: Request, windows: int) -> tuple[int, int, str]:
     return (
         (seeds, windows * request.needles, "needles") if request.objective == "needle" else (seeds, windows, "windows")
     )
+
+
+def planned_search(request: Request, windows: int, target: int, known: int, evaluations: int | None) -> dict[int, int]:
+    """Return, before there is a model, how many forwards of each length a search makes, screens included.
+
+    Args:
+        windows: of the search documents.
+        known: position from which on the search scores, above 1; screens are longer.
+        evaluations: its budget; None: none.
+    """
+    seeds, samples, _ = counts(request, windows)
+    _, screened, _ = counts(request, min(request.screen_documents or windows, windows))
+    screens = [
+        Screen(lambda candidate: 0.0, length, screened, request.screen_keep)
+        for length in sorted(request.screens)
+        if known < length < target
+    ]
+    steps = [*((screen.length, screened) for screen in screens), (target, samples)]
+    walk = len(attention_factors(request.attention_factor, target / known, known)) - 1
+    planned = planned_forwards(evolution_settings(request), seeds, steps, screens, walk)
+    return within(planned, target, seeds * samples, evaluations)
 
 
 def check_budget(context: Context, budget: Budget) -> None:

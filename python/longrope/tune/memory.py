@@ -121,10 +121,11 @@ def foreseen(shape: Shape, settings: TuneSettings, ranks: int = 1, chunk_bytes: 
     feed_forward = size * 6 * shape.intermediate
     chunk = min(chunk_bytes, 4 * shape.vocabulary * tokens)
     head = 4 * shape.vocabulary * shape.hidden if not settings.lora_rank else 0
-    at_work = 0 if ranks == 1 else 4 * (2 * body // shape.layers + shape.vocabulary * shape.hidden)
+    whole = 0 if ranks == 1 else 2 * body // shape.layers + shape.vocabulary * shape.hidden
+    at_work = whole * (shape.weight_bytes // shape.weights if settings.lora_rank else 4)
     return Memory(
         weights=(frozen + 4 * trained) // ranks + at_work,
-        gradients=4 * trained // ranks + at_work,
+        gradients=4 * trained // ranks + (0 if settings.lora_rank else at_work),
         optimizer=8 * trained // ranks,
         casts=casts,
         checkpoints=4 * tokens * shape.hidden * shape.layers,
@@ -157,7 +158,7 @@ def check(shape: Shape, settings: TuneSettings, available: int, ranks: int = 1) 
         smaller = dataclasses.replace(settings, per_forward=1)
         if foreseen(shape, smaller, ranks).total <= available:
             fits.append("--per-forward 1")
-    if not settings.lora_rank and ranks == 1:
+    if not settings.lora_rank:
         smaller = dataclasses.replace(settings, lora_rank=16)
         if foreseen(shape, smaller, ranks).total <= available:
             fits.append("--lora-rank 16")
@@ -181,6 +182,12 @@ def available_bytes(loaded_bytes: int) -> int:
         if limit is not None:
             free = min(free, limit - own)
     return free + loaded_bytes
+
+
+def share_of_memory(loaded_bytes: int, ranks: int) -> int:
+    """Return the memory that one rank may take; ranks without GPUs are those of one machine."""
+    available = available_bytes(loaded_bytes)
+    return available if torch.cuda.is_available() else available // ranks
 
 
 def _field(file: str, name: str) -> int:

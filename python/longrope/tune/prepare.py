@@ -32,8 +32,6 @@ def resolve(settings: TuneSettings, loaded: models.LoadedModel, rope: lk.LongRop
         refuse("--batch", settings.batch, f"a multiple of {at_once}, the sequences that {count} ranks read at once")
     if settings.lora_rank:
         check_peft()
-        if count > 1:
-            refuse("--lora-rank", f"{settings.lora_rank} on {count} ranks", "0 under torchrun, or a single process")
     short = settings.short_length
     if settings.short_share:
         short = rope.lengths[0] if short is None else short
@@ -47,9 +45,7 @@ def resolve(settings: TuneSettings, loaded: models.LoadedModel, rope: lk.LongRop
 def check_memory(model: Any, settings: TuneSettings, overcommit: bool, count: int = 1) -> None:
     """Say what memory is foreseen; refuse where there is less."""
     shape = memory.Shape.of(model)
-    available = memory.available_bytes(shape.weight_bytes)
-    if count > 1 and not torch.cuda.is_available():
-        available //= count  # ranks of one machine
+    available = memory.share_of_memory(shape.weight_bytes, count)
     wanted = memory.foreseen(shape, settings, count) if overcommit else memory.check(shape, settings, available, count)
     say(f"memory foreseen: {wanted.describe()}, of {memory.said(available)}")
 

@@ -6,6 +6,7 @@ state. A checkpoint has all of them, as one process would write it, and any numb
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -15,9 +16,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .. import team
 from .loss import CausalLoss
 
 SHARDED = "is_distributed_loading_by_transformers"  # what the Trainer looks for
+
+
+def join(place: int, count: int) -> None:
+    """Make the ranks a group, once a process, of NCCL on GPUs and of Gloo on CPUs.
+
+    By `team.meet`: where torchrun has started all anew, its own store may still have the addresses of those before.
+    """
+    if count > 1 and not dist.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if cuda else "gloo", store=team.meet(), rank=place, world_size=count)
 
 
 def shard(trained: CausalLoss, device: torch.device) -> None:

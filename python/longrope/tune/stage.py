@@ -96,6 +96,7 @@ def run_tuning(
         "text": sequences.fingerprint(),
     }
     place, count = rank()
+    ranks.join(place, count)
     args = arguments(settings, folder / "checkpoints", count)
     with _opened(folder, asked) if place == 0 else nullcontext() as run:
         start = -1 if run is None else _start(run, settings)
@@ -160,11 +161,11 @@ class _Training:
             ranks.shard(trained, self.args.device)
         try:
             self._run(trained, start, log, tensorboard)
-            if adapters is not None:
+            if adapters is not None and not ranks.is_sharded(trained):
                 adapters.merge()
                 adapters = None
         finally:
-            if adapters is not None:
+            if adapters is not None and not ranks.is_sharded(trained):
                 adapters.remove()
             self.loaded.stock()
             model.activation_checkpointing_disable()
@@ -195,11 +196,15 @@ class _Training:
         settings, records = self.settings, run.evaluations.records
         checkpoints = self.folder / "checkpoints"
         if self.args.world_size > 1:  # this rank has a part of the weights; the last checkpoint has all
-            self.loaded.model = models.load(self.loaded.name, self.loaded.dtype).model
+            model = self.loaded.model = models.load(self.loaded.name, self.loaded.dtype).model
             last = checkpoint.Checkpoint(checkpoint.folder_of(checkpoints, settings.steps), self.fingerprint)
-            dtypes = {name: weight.dtype for name, weight in self.loaded.model.named_parameters()}
-            last.into_model({f"model.{name}": weight for name, weight in self.loaded.model.named_parameters()})
-            cast(self.loaded.model, dtypes)
+            dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+            adapters = self._adapters(model)
+            trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+            last.into_model({f"model.{name}": weight for name, weight in trained.items()})
+            if adapters is not None:
+                adapters.merge()
+            cast(model, dtypes)
         steps = [records[str(step)] for step in range(1, settings.steps + 1)]
         result = {
             "format": FORMAT,
