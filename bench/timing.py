@@ -32,6 +32,11 @@ class Samples:
     def ceiling(self, name: str) -> float:
         return statistics.median(self.ceilings[name])
 
+    def derive(self, name: str, calculate: Callable[[Mapping[str, float]], float]) -> None:
+        """Add a side whose seconds are calculated, round by round, from those of the others."""
+        rounds = range(len(next(iter(self.seconds.values()))))
+        self.seconds[name] = [calculate({side: values[i] for side, values in self.seconds.items()}) for i in rounds]
+
 
 Probe = Callable[[], float]
 
