@@ -1,6 +1,7 @@
 """Which tile sizes, warps and pipeline stages a kernel runs with: data, picked by pure functions of the problem.
 
-The data is configs.json: kernel and variant, target, bits of an element, head width -> [rows, keys, warps, stages].
+The data is configs.json: kernel and variant, target, bits of an element, head width -> [rows, keys, warps, stages],
+and true behind them where keys come through tensor descriptors.
 `python -m bench.tune_gpu` writes it, from measurements on a GPU; until it has run on one, the figures are those that
 compile without spills and within the target's shared memory, two programs on a multiprocessor where that is possible
 (`make report-gpu` prints both).
@@ -19,12 +20,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """Rows and keys of a tile, warps of a program, stages of its software pipeline."""
+    """Rows and keys of a tile, warps of a program, stages of its software pipeline.
+
+    With `descriptors` keys come through tensor descriptors where the operands allow it: `forward_kernel` alone.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    descriptors: bool = False
+
+    def to_list(self) -> list[int]:
+        """The entry of the table: descriptors only where they are taken."""
+        return [self.rows, self.keys, self.warps, self.stages, *[True] * self.descriptors]
 
 
 # Keys of a run of split-key attention, counted from a sequence's first key. 512 keys of bf16 and head_dim 128 are
@@ -37,6 +46,7 @@ IN_TILE_ROWS = 256
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 TABLE = pathlib.Path(__file__).with_name("configs.json")
+DESCRIPTOR_TARGETS = ("sm_90", "sm_100", "interpreter")  # whose hardware has them, and what imitates it
 WIDTHS = (64, 128, 256, 512)  # head widths of the table: the smallest that holds the head is taken
 KERNELS = (
     "forward",
