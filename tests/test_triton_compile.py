@@ -2,7 +2,6 @@
 
 import os
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -56,7 +55,7 @@ def test_hopper_prefill_runs_on_wgmma_and_waits_for_nothing_but_its_loads():
 def whole_forward(target, width, descriptors):
     """The launch of a whole forward with its present tile."""
     entry = tune_gpu.Entry("forward", target, "16", width)
-    with tune_gpu.trying(configs.table(), entry, replace(entry.config(configs.table()), descriptors=descriptors)):
+    with configs.by_descriptors(descriptors):
         (launch,) = [x for x in report_gpu.launches(entry.case) if x.name == "forward_kernel"]
     assert launch.config.descriptors == descriptors
     return launch

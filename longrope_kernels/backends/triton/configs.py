@@ -12,10 +12,12 @@ the slots around it. What may decide is the target, the head, the dtype and the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import pathlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,20 @@ def _chosen(kernel: str, target: str, head_width: int, itemsize: int) -> Config:
     return Config(*table()[kernel][target][str(8 * itemsize)][str(at)])
 
 
+_by_descriptors: bool | None = None  # None: as the table says
+
+
+@contextlib.contextmanager
+def by_descriptors(wanted: bool) -> Iterator[None]:
+    """Have `forward` take tensor descriptors where the target has them, or pointers: for benchmarks and tests."""
+    global _by_descriptors
+    before, _by_descriptors = _by_descriptors, wanted
+    try:
+        yield
+    finally:
+        _by_descriptors = before
+
+
 def forward(target: str, head_width: int, itemsize: int, plain: bool, int8: bool = False) -> Config:
     """Configuration of `forward_kernel`.
 
@@ -126,7 +142,10 @@ def forward(target: str, head_width: int, itemsize: int, plain: bool, int8: bool
         int8: keys and values of an int8 cache, which are dequantised in registers.
     """
     variant = "forward int8" if int8 else "forward" if plain else "forward extras"
-    return _chosen(variant, target, head_width, itemsize)
+    config = _chosen(variant, target, head_width, itemsize)
+    if _by_descriptors is not None:
+        config = replace(config, descriptors=_by_descriptors and target in DESCRIPTOR_TARGETS)
+    return config
 
 
 def decode(target: str, head_width: int, itemsize: int, int8: bool = False) -> Config:
