@@ -1,8 +1,9 @@
 """The CPU backend against torch and against the machine: `python -m bench.cpu [--model]`, 10 to 20 minutes.
 
 Prefill, forward + backward and decode beside torch SDPA + transformers' RoPE and torch.compile of the same; prefill
-beside llama.cpp's attention where llama-cpp-python is installed (docs/benchmarks.md); all cores over one; growth of time with tokens; with --model, perplexity of SmolLM2 in one whole forward. Sides run in turns,
-the ceilings (register-only multiply-adds, a torch matmul, reads of memory) beside them in every round.
+beside llama.cpp's attention where llama-cpp-python is installed (docs/benchmarks.md); all cores over one; growth of
+time with tokens; with --model, perplexity of SmolLM2 in one whole forward. Sides run in turns, the ceilings
+(register-only multiply-adds, a torch matmul, reads of memory) beside them in every round.
 Prints tables and writes bench/results/cpu.json and docs/figures/cpu_time.png.
 """
 
