@@ -2,7 +2,7 @@
 
 llama-cpp-python binds whole models, not the attention. So a model is made of which attention is nearly all: one layer
 of architecture llama with the heads in question, a hidden size of 64, 256 words and random weights. `llama_decode` of a
-prompt of n tokens then takes a n + b n^2 seconds; a and b are fitted to prompts of n/4, n/2 and n tokens of one round,
+prompt of n tokens then takes a n + b n^2 seconds; a and b are fitted to prompts of n/4, n/2 and n tokens (medians),
 and b n^2 is called the attention's time. What llama.cpp's attention spends in proportion to n is left out with the
 projections, in its favour: rotation, writing the cache, and the masked half of the blocks on the diagonal.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -166,6 +167,7 @@ class Session:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.llama_cpp", str(model), json.dumps(asdict(settings))],
             cwd=Path(__file__).resolve().parent.parent,
+            env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # an abort would start a debugger first
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -242,4 +244,6 @@ def serve(model_path: str, settings: Settings, requests: Sequence[str] | IO[str]
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Settings(**json.loads(sys.argv[2])), sys.stdin, sys.stdout)
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)  # whatever else is printed over there is no answer
+        serve(sys.argv[1], Settings(**json.loads(sys.argv[2])), sys.stdin, out)

@@ -33,9 +33,8 @@ class Samples:
         return statistics.median(self.ceilings[name])
 
     def derive(self, name: str, calculate: Callable[[Mapping[str, float]], float]) -> None:
-        """Add a side whose seconds are calculated, round by round, from those of the others."""
-        rounds = range(len(next(iter(self.seconds.values()))))
-        self.seconds[name] = [calculate({side: values[i] for side, values in self.seconds.items()}) for i in rounds]
+        """Add a side whose seconds are calculated from the medians of the others."""
+        self.seconds[name] = [calculate({side: self.median(side) for side in self.seconds})]
 
 
 Probe = Callable[[], float]

@@ -55,7 +55,7 @@ class Work:
         flop, read_bytes: what the work must spend at least, once; one of them is given where a ceiling binds it.
         differences: relative RMS difference of each compared side from ours.
         notes: why a side is missing.
-        derived: sides whose seconds are calculated from those of the other sides in the same round.
+        derived: sides whose seconds are calculated from the medians of the other sides.
     """
 
     shape: Shape
