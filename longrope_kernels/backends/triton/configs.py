@@ -116,7 +116,8 @@ def _chosen(kernel: str, target: str, head_width: int, itemsize: int) -> Config:
     if target == "interpreter":
         return _INTERPRETER[kernel.removesuffix(" extras").removesuffix(" int8")]
     at = next(width for width in WIDTHS if width >= head_width)
-    return Config(*table()[kernel][target][str(8 * itemsize)][str(at)])
+    rows, keys, warps, stages, *descriptors = table()[kernel][target][str(8 * itemsize)][str(at)]
+    return Config(rows, keys, warps, stages, any(descriptors))
 
 
 _by_descriptors: bool | None = None  # None: as the table says

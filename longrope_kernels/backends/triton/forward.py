@@ -124,19 +124,7 @@ def walk_keys(
         index = first + tl.arange(0, BLOCK_KEYS)
         inside = index < key_length
         page, slot = key_slots(first, index, inside, table, page_tokens, ONE_PAGE)
-        if TILES:
-            k_a = 0.0
-            k_b = 0.0
-            k_rest = 0.0
-            tile_head = head.to(tl.int32)
-            tile_slot = first_slot + first
-            if HAS_ROPE:
-                k_a = load_tile(pair_tiles, outer, tile_head, tile_slot, 0, BLOCK_KEYS, PAIR_BLOCK)
-                k_b = load_tile(pair_tiles, outer, tile_head, tile_slot, PAIR_BLOCK, BLOCK_KEYS, PAIR_BLOCK)
-            if HAS_REST:
-                k_rest = load_tile(rest_tiles, outer, tile_head, tile_slot, 2 * PAIR_BLOCK, BLOCK_KEYS, REST_BLOCK)
-            v = load_tile(value_tiles, outer, tile_head, tile_slot, 0, BLOCK_KEYS, VALUE_BLOCK)
-        else:
+        if not TILES:
             k_a, k_b, k_rest = load_keys(
                 keys + page * key_page_stride + slot * key_token_stride,
                 inside,
@@ -156,6 +144,18 @@ def walk_keys(
                 INTERLEAVED and ROTATE_KEY,
                 MASKED,
             )
+        else:
+            k_a = 0.0
+            k_b = 0.0
+            k_rest = 0.0
+            tile_head = head.to(tl.int32)
+            tile_slot = first_slot + first
+            if HAS_ROPE:
+                k_a = load_tile(pair_tiles, outer, tile_head, tile_slot, 0, BLOCK_KEYS, PAIR_BLOCK)
+                k_b = load_tile(pair_tiles, outer, tile_head, tile_slot, PAIR_BLOCK, BLOCK_KEYS, PAIR_BLOCK)
+            if HAS_REST:
+                k_rest = load_tile(rest_tiles, outer, tile_head, tile_slot, 2 * PAIR_BLOCK, BLOCK_KEYS, REST_BLOCK)
+            v = load_tile(value_tiles, outer, tile_head, tile_slot, 0, BLOCK_KEYS, VALUE_BLOCK)
         if ROTATE_KEY:
             if HAS_ROPE:
                 if HAS_KEY_POSITIONS:
