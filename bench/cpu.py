@@ -1,8 +1,9 @@
 """The CPU backend against torch and against the machine: `python -m bench.cpu [--model]`, 10 to 20 minutes.
 
-Prefill, forward + backward and decode beside torch SDPA + transformers' RoPE and torch.compile of the same; all cores
-over one; growth of time with tokens; with --model, perplexity of SmolLM2 in one whole forward. Sides run in turns,
-the ceilings (register-only multiply-adds, a torch matmul, reads of memory) beside them in every round.
+Prefill, forward + backward and decode beside torch SDPA + transformers' RoPE and torch.compile of the same; prefill
+beside llama.cpp's attention where llama-cpp-python is installed (docs/benchmarks.md); all cores over one; growth of
+time with tokens; with --model, perplexity of SmolLM2 in one whole forward. Sides run in turns, the ceilings
+(register-only multiply-adds, a torch matmul, reads of memory) beside them in every round.
 Prints tables and writes bench/results/cpu.json and docs/figures/cpu_time.png.
 """
 
@@ -20,7 +21,7 @@ import torch
 
 from longrope.progress import Task, console, say, task
 
-from . import peers, record, tables, timing, workloads
+from . import llama_cpp, record, tables, timing, workloads
 from .workloads import ONE_THREAD, OURS_BF16, TORCH, UNROTATED, Shape, Work
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -38,6 +39,7 @@ class Plan:
     Attributes:
         kind: "compute" or "memory", which ceilings it is measured against; "none".
         seconds: expected of one round of all sides.
+        least_tokens: what `--tiny` does not go below.
     """
 
     section: str
@@ -47,6 +49,7 @@ class Plan:
     seconds: float = 1.0
     compiles: bool = True
     label: str = ""
+    least_tokens: int = 1
     goals: dict[str, float] = field(default_factory=dict, hash=False)
 
     @property
@@ -58,6 +61,11 @@ class Plan:
         if self.section == "model":
             return self.seconds
         return (15.0 if self.compiles else 0.0) + 2 * self.seconds + max(budget, timing.MIN_ROUNDS * self.seconds)
+
+    def shrunk(self, divisor: int) -> Plan:
+        """Return the same row with fewer tokens."""
+        shape = replace(self.shape, tokens=max(self.shape.tokens // divisor, self.least_tokens))
+        return replace(self, shape=shape, seconds=self.seconds / divisor)
 
 
 def _seconds(shape: Shape, work: float, sides: float) -> float:
@@ -100,6 +108,25 @@ def decodes() -> list[Plan]:
     ]
 
 
+def besides_llama_cpp() -> list[Plan]:
+    """Prefill beside llama.cpp's attention, where llama-cpp-python is installed."""
+    if llama_cpp.unavailable_reason():
+        return []
+    shapes = [Shape(*LARGE, 4096, BF16), Shape(*LARGE, 16384, BF16), Shape(*SMALL, 16384, BF16)]
+    # A third more for the shorter prompts; with the fused kernel and without.
+    return [
+        Plan(
+            "llama.cpp",
+            shape,
+            workloads.beside_llama_cpp,
+            seconds=_seconds(shape, 1.0, 5.0),
+            compiles=False,
+            least_tokens=1024,
+        )
+        for shape in shapes
+    ]
+
+
 def scaling() -> list[Plan]:
     """All cores over one."""
     shape = Shape(*LARGE, 4096, BF16)
@@ -136,10 +163,9 @@ def plans(model: bool = False, divisor: int = 1) -> list[Plan]:
     Args:
         divisor: of all tokens, for tests of the machinery.
     """
-    found = [*prefills(), *trainings(), *decodes(), *scaling(), *growths(divisor)]
+    found = [*prefills(), *trainings(), *decodes(), *besides_llama_cpp(), *scaling(), *growths(divisor)]
     if divisor > 1:
-        shrunk = [(plan, replace(plan.shape, tokens=plan.shape.tokens // divisor)) for plan in found]
-        found = [replace(plan, shape=shape, seconds=plan.seconds / divisor) for plan, shape in shrunk]
+        found = [plan.shrunk(divisor) for plan in found]
     if model:
         from . import model as whole
 
@@ -157,6 +183,8 @@ def measure(plan: Plan, budget: float, size: float, progress: Callable[[float], 
     work = plan.build(plan.shape)
     ceilings = {} if plan.kind == "none" else timing.probes(plan.kind, plan.shape.dtype, size)
     samples = timing.in_turns(work.sides, ceilings, budget, progress, once=plan.section == "model")
+    for name, calculate in work.derived.items():
+        samples.derive(name, calculate)
     return record.row(plan.name, plan.section, work, samples, plan.goals)
 
 
@@ -175,7 +203,7 @@ def run(
     every = plans(model, divisor)
     chosen = [plan for plan in every if only in f"{plan.section} {plan.name}"]
     results = record.Record("cpu", folder)
-    results.content["notes"]["llama.cpp"] = peers.llama_cpp_note()
+    results.content["notes"]["llama.cpp"] = llama_cpp.note()
     status = 0
     try:
         with task("bench-cpu", sum(plan.cost(budget) for plan in chosen)) as work:

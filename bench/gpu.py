@@ -32,6 +32,7 @@ from .workloads import OURS, Disagreement, Shape, Work, check, tolerance
 
 MATMUL, COPY = "matmul", "copy"
 CUDA = "ours, CUDA kernels"
+DESCRIPTORS = "ours, tensor descriptors"
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,25 @@ def forward(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
     if not device.is_gpu:
         makers["SDPA math"] = functools.partial(peers.sdpa, "MATH", query, key, value, cos, sin, True)
     makers[CUDA] = lambda: lambda: lk.attention(query, key, value, s, backend="cuda")
+    makers[DESCRIPTORS] = functools.partial(by_descriptors, query, key, value, s)
     makers["FlexAttention"] = functools.partial(peers.flex, query, key, value, cos, sin)
     makers["flash-attn-4"] = functools.partial(peers.flash_attention_4, query, key, value, cos, sin)
     yield "forward", with_peers(work, makers)
+
+
+def by_descriptors(query: Tensor, key: Tensor, value: Tensor, s: lk.RopeScaling) -> Call:
+    """Our Triton forward with whole blocks of keys through tensor descriptors (TMA) instead of pointers."""
+    from longrope_kernels.backends.triton import configs, descriptors, launch
+
+    target = launch.target_of(query.device)
+    if descriptors.TensorDescriptor is None or target not in configs.DESCRIPTOR_TARGETS:
+        raise RuntimeError(f"{target} or this Triton has none")
+
+    def run() -> Tensor:
+        with configs.by_descriptors(True):
+            return lk.attention(query, key, value, s, backend="triton")
+
+    return run
 
 
 def backward(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -82,14 +81,3 @@ def compile_failure(call: Callable[[], Any]) -> str | None:
     except Exception as error:  # inductor wraps whatever its compiler says
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}" if str(error).strip() else "failed"
     return None
-
-
-def llama_cpp_note() -> str:
-    """Say why llama.cpp's attention has no row.
-
-    llama-cpp-python wraps whole models. Its attention runs inside a ggml graph whose functions the package does not
-    bind, so timing it alone would mean building and timing a graph of our own making: not llama.cpp as anyone runs it.
-    """
-    if importlib.util.find_spec("llama_cpp") is None:
-        return "not installed"
-    return "installed, not measured: llama-cpp-python offers whole models, not the attention alone"

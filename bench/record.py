@@ -22,7 +22,7 @@ from .workloads import NAMES, OURS, Work
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
 SCHEMA = 1
-PACKAGES = ("torch", "transformers", "numpy", "pytest-benchmark")
+PACKAGES = ("torch", "transformers", "numpy", "pytest-benchmark", "llama-cpp-python")
 
 
 def machine() -> dict[str, Any]:

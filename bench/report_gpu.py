@@ -170,11 +170,14 @@ def compile_launch(launch: Launch, target: str) -> Any:
             types[parameter.name] = "constexpr"
         elif isinstance(value, torch.Tensor):
             types[parameter.name] = POINTERS[value.dtype]
+        elif hasattr(value, "block_shape"):  # a tensor descriptor
+            types[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             types[parameter.name] = "fp32"
         else:
             types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if parameter.name not in constants and (isinstance(value, torch.Tensor) or value % 16 == 0):
+        divides = isinstance(value, torch.Tensor) or (isinstance(value, (int, float)) and value % 16 == 0)
+        if parameter.name not in constants and divides:
             aligned.append(parameter.name)
     options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
     return triton.compile(_source(launch.kernel, types, constants, aligned), target=TARGETS[target], options=options)
@@ -219,11 +222,15 @@ def report(launch: Launch, target: str, label: str) -> Report:
     read = _amd if target.startswith("gfx") else _nvidia
     registers, spill_bytes, instructions = read(compiled)
     kind, pattern = MATMUL[target]
+    config = launch.config
+    tile = f"{config.rows} x {config.keys}" if config.keys else str(config.rows)
+    if config.descriptors:
+        tile += " by descriptors"
     return Report(
         target,
         label,
         launch.name,
-        f"{launch.config.rows} x {launch.config.keys}" if launch.config.keys else str(launch.config.rows),
+        tile,
         launch.config.warps,
         launch.config.stages,
         registers,

@@ -10,18 +10,22 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from .timing import MATMUL
-from .workloads import COMPILED, ONE_THREAD, OURS, OURS_BF16, PACKED, TORCH, UNROTATED
+from .workloads import COMPILED, LLAMA, LLAMA_UNFUSED, ONE_THREAD, OURS, OURS_BF16, OURS_FP16, PACKED, TORCH, UNROTATED
 
 BESIDE = {
     TORCH: "torch",
     PACKED: "torch, heads packed",
     OURS_BF16: "ours, bf16 cache",
     ONE_THREAD: "ours, one thread",
+    OURS_FP16: "ours, fp16",
+    LLAMA: "llama.cpp, flash attention",
+    LLAMA_UNFUSED: "llama.cpp, without it",
 }
 SECTION_TITLES = {
     "prefill": "prefill",
     "training": "fwd + bwd",
     "decode": "decode",
+    "llama.cpp": "prefill",
     "threads": "prefill",
     "model": "whole model",
     "rope": "RoPE",

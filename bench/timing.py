@@ -32,6 +32,10 @@ class Samples:
     def ceiling(self, name: str) -> float:
         return statistics.median(self.ceilings[name])
 
+    def derive(self, name: str, calculate: Callable[[Mapping[str, float]], float]) -> None:
+        """Add a side whose seconds are calculated from the medians of the others."""
+        self.seconds[name] = [calculate({side: self.median(side) for side in self.seconds})]
+
 
 Probe = Callable[[], float]
 

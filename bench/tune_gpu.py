@@ -4,9 +4,10 @@
     python -m bench.tune_gpu --compile-only [--target T] [--dry-run] ...                        without one
 
 For each entry of configs.json the present tile and its neighbours (half and double the rows and keys, other warps and
-stages) are tried. What spills or needs more shared memory than there is, is out. On a GPU the fastest by the median of
-a real call wins if it beats the present tile by more than 2%; with --compile-only the one with the fewest instructions
-per score wins if it beats it by more than 10%. --dry-run prints the winners and writes nothing.
+stages; for prefill on sm_90 and sm_100 each of them with keys through tensor descriptors too) are tried. What spills or
+needs more shared memory than there is, is out. On a GPU the fastest by the median of a real call wins if it beats the
+present tile by more than 2%; with --compile-only the one with the fewest instructions per score wins if it beats it by
+more than 10%. --dry-run prints the winners and writes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,8 +99,9 @@ def candidates(kernel: str, target: str, present: Config) -> list[Config]:
     # Whoever reads an int8 cache takes blocks that divide a group of keys.
     most = KEY_GROUP if split or kernel in ("forward int8", "decode", "decode int8") else 128
     found = [present]
-    for row, key, warps, stage in itertools.product(rows, keys, (4, 8), stages):
-        config = Config(row, key, warps, stage)
+    by_descriptor = (False, True) if kernel == "forward" and target in configs.DESCRIPTOR_TARGETS else (False,)
+    for row, key, warps, stage, descriptors in itertools.product(rows, keys, (4, 8), stages, by_descriptor):
+        config = Config(row, key, warps, stage, descriptors)
         if 16 <= row <= 128 and 16 <= key <= most and config != present:
             found.append(config)
     return found
@@ -110,7 +112,7 @@ def trying(table: Table, entry: Entry, config: Config) -> Iterator[None]:
     """The table with another tile at one place."""
     place = table[entry.kernel][entry.target][entry.bits]
     before = place[entry.width]
-    place[entry.width] = list(astuple(config))
+    place[entry.width] = config.to_list()
     try:
         yield
     finally:
@@ -196,7 +198,7 @@ def tune(table: Table, places: list[Entry], cost: Cost, margin: float, minutes: 
                 best, least = config, found
         if best != present:
             changes[entry] = best
-            table[entry.kernel][entry.target][entry.bits][entry.width] = list(astuple(best))
+            table[entry.kernel][entry.target][entry.bits][entry.width] = best.to_list()
             print(f"{entry}: {present} -> {best}", flush=True)
     return changes
 

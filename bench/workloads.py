@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import longrope_kernels as lk
 from longrope_kernels.backends import cpu
 
-from . import peers
+from . import llama_cpp, peers
 
 OURS, TORCH, COMPILED, PACKED = "ours", "torch", "torch.compile", "torch, heads packed"
 UNROTATED, ONE_THREAD, OURS_BF16 = "ours, unrotated", "ours, one thread", "ours, bf16 cache"
+OURS_FP16, LLAMA, LLAMA_UNFUSED = "ours, fp16", "llama.cpp", "llama.cpp, no flash attention"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Call = Callable[[], Any]
@@ -51,6 +56,7 @@ class Work:
         flop, read_bytes: what the work must spend at least, once; one of them is given where a ceiling binds it.
         differences: relative RMS difference of each compared side from ours.
         notes: why a side is missing.
+        derived: sides whose seconds are calculated from the medians of the other sides.
     """
 
     shape: Shape
@@ -59,6 +65,7 @@ class Work:
     read_bytes: float = 0.0
     differences: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, Callable[[Mapping[str, float]], float]] = field(default_factory=dict)
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
@@ -166,6 +173,70 @@ def prefill(
         compile_peer = _without_gradients(lambda: function(query, key, value, positions))
     work = Work(shape, sides, flop=2.0 * shape.heads * shape.head_dim * shape.tokens * (shape.tokens + 1))
     return _finish(work, compile_peer, {UNROTATED: _without_gradients(lambda: ours(None))} if unrotated else None)
+
+
+def beside_llama_cpp(shape: Shape) -> Work:
+    """The same beside llama.cpp's attention, with its fused kernel and without; bench/llama_cpp.py says how.
+
+    What is compared are the logits that its one-layer model gives the last token, with those of our attention.
+    """
+    theta = peers.THETA
+    # Its architecture llama has the two dims of a pair side by side.
+    scaling = lk.RopeScaling(head_dim=shape.head_dim, theta=theta, interleaved=True)
+    query, key, value = _operands(shape)
+    halves = tuple(x.half() for x in (query, key, value))
+    work = Work(
+        shape,
+        {
+            OURS: _without_gradients(lambda: lk.attention(query, key, value, scaling)),
+            OURS_FP16: _without_gradients(lambda: lk.attention(*halves, scaling)),
+        },
+        flop=2.0 * shape.heads * shape.head_dim * shape.tokens * (shape.tokens + 1),
+    )
+    check(work, {OURS_FP16: tolerance(shape)})
+    heads = (shape.heads, shape.key_heads, shape.head_dim)
+    weights = llama_cpp.make_weights(*heads)
+    expected = last_logits(weights, scaling, llama_cpp.prompt(shape.tokens))
+    with tempfile.TemporaryDirectory() as folder:
+        model = llama_cpp.write_model(Path(folder, "one-layer.gguf"), weights, *heads, shape.tokens, theta)
+        for name, flash in ((LLAMA, True), (LLAMA_UNFUSED, False)):
+            settings = llama_cpp.Settings(shape.tokens, torch.get_num_threads(), flash)
+            session = llama_cpp.Session(model, settings)
+            found = work.differences[name] = difference(torch.tensor(session.decode(shape.tokens)), expected)
+            # It rounds keys and values to fp16, as `OURS_FP16` does, and angles to fp32, from a running product.
+            bound = tolerance(replace(shape, dtype=torch.float16))
+            if not found <= bound:
+                raise Disagreement(f"{name} differs from ours by {found:.2g} of the RMS, expected at most {bound:.2g}")
+            sides = {f"{name}, model of {tokens:,} tokens": tokens for tokens in llama_cpp.lengths(shape.tokens)}
+            work.sides |= {side: partial(session.decode, tokens) for side, tokens in sides.items()}
+            work.derived[name] = lambda seconds, sides=sides: llama_cpp.quadratic_seconds(
+                {tokens: seconds[side] for side, tokens in sides.items()}
+            )
+    return work
+
+
+def last_logits(weights: llama_cpp.Weights, scaling: lk.RopeScaling, words: Any) -> Tensor:
+    """Return the logits of the last of `words` under the one-layer model of bench/llama_cpp.py, by our attention."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return functional.linear(x, torch.from_numpy(weights[f"{name}.weight"]))
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return functional.rms_norm(x, x.shape[-1:], torch.from_numpy(weights[f"{name}.weight"]), llama_cpp.EPSILON)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, scaling.head_dim)).transpose(0, 1).unsqueeze(0)
+
+    layer = "blk.0"
+    hidden = torch.from_numpy(weights["token_embd.weight"])[torch.from_numpy(words).long()]
+    normed = norm(hidden, f"{layer}.attn_norm")
+    key, value = (heads(linear(normed, f"{layer}.{name}")) for name in ("attn_k", "attn_v"))
+    out = lk.attention(heads(linear(normed[-1:], f"{layer}.attn_q")), key, value, scaling)
+    hidden = hidden[-1] + linear(out.flatten(), f"{layer}.attn_output")
+    normed = norm(hidden, f"{layer}.ffn_norm")
+    gated = functional.silu(linear(normed, f"{layer}.ffn_gate")) * linear(normed, f"{layer}.ffn_up")
+    hidden = hidden + linear(gated, f"{layer}.ffn_down")
+    return linear(norm(hidden, "output_norm"), "output")
 
 
 def training(shape: Shape, compile: bool = True) -> Work:

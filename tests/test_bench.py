@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="needs the pipeline extra")
 sys.path.insert(0, str(Path(__file__).parent.parent))  # bench is not installed
 
 import longrope_kernels as lk
-from bench import cpu, peers, plots, readme, record, tables, timing, workloads
+from bench import cpu, llama_cpp, peers, plots, readme, record, tables, timing, workloads
 from bench.workloads import OURS, OURS_BF16, PACKED, TORCH, UNROTATED, Disagreement, Shape
 
 SHAPE = Shape(4, 2, 32, 48, torch.bfloat16)
@@ -25,9 +25,10 @@ TINY = 256
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run of `make bench-cpu` but the model and the compiled peer, all tokens divided."""
+    """A whole run of `make bench-cpu` but the model, the compiled peer and llama.cpp, all tokens divided."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp, "unavailable_reason", lambda: "not in this test")
         patch.setattr(peers, "compile_failure", lambda call: "not in this test")
         assert cpu.run(folder, budget=0.01, divisor=TINY, figure=None) == 0
     return folder

@@ -73,6 +73,17 @@ def test_configurations_depend_on_rows_not_on_keys():
     assert not configs.rotates_in_tile(configs.IN_TILE_ROWS + 1)
 
 
+def test_descriptors_are_taken_where_they_are_asked_for_and_the_hardware_has_them():
+    for target in configs.TARGETS:
+        has = target in ("sm_90", "sm_100", "interpreter")
+        for wanted in (True, False):
+            with configs.by_descriptors(wanted):
+                assert configs.forward(target, 128, 2, plain=True).descriptors == (has and wanted)
+        assert configs.forward(target, 128, 2, plain=True) == configs._chosen("forward", target, 128, 2)
+    assert configs.Config(128, 64, 8, 2).to_list() == [128, 64, 8, 2]
+    assert configs.Config(*configs.Config(128, 64, 8, 2, True).to_list()).descriptors
+
+
 @pytest.mark.parametrize("target", configs.TARGETS)
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("width", [32, 64, 128, 256, 512])

@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted, not compiled", allow_module_level=True)
 
-from bench import report_gpu
+from bench import report_gpu, tune_gpu
+from longrope_kernels.backends.triton import configs, descriptors
 
 
 def check(row):
@@ -49,6 +50,27 @@ def test_hopper_prefill_runs_on_wgmma_and_waits_for_nothing_but_its_loads():
             assert re.search(r"wgmma\.mma_async\S*\.bf16\.bf16", ptx)
             assert "cp.async" in ptx
             assert not re.search(r"\b(sin|cos)\.approx", ptx)
+
+
+def whole_forward(target, width, descriptors):
+    """The launch of a whole forward with its present tile."""
+    entry = tune_gpu.Entry("forward", target, "16", width)
+    with configs.by_descriptors(descriptors):
+        (launch,) = [x for x in report_gpu.launches(entry.case) if x.name == "forward_kernel"]
+    assert launch.config.descriptors == descriptors
+    return launch
+
+
+@pytest.mark.skipif(descriptors.TensorDescriptor is None, reason="Triton before 3.4 has no tensor descriptors")
+@pytest.mark.parametrize("width", ["128", *(pytest.param(str(w), marks=pytest.mark.slow) for w in (64, 256, 512))])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_keys_through_descriptors_come_by_bulk_copies_and_nothing_spills(target, width):
+    launch = whole_forward(target, width, descriptors=True)
+    check(report_gpu.report(launch, target, f"width {width}"))
+    bulk = r"cp\.async\.bulk\.tensor\.\dd"
+    assert re.search(bulk, report_gpu.compile_launch(launch, target).asm["ptx"])
+    plain = whole_forward(target, width, descriptors=False)
+    assert not re.search(bulk, report_gpu.compile_launch(plain, target).asm["ptx"])
 
 
 @pytest.mark.parametrize("op", report_gpu.OPS)

@@ -116,6 +116,81 @@ def test_keys_are_rotated_alike_in_the_tile_and_in_scratch(monkeypatch):
     assert torch.allclose(*outs, rtol=0, atol=1e-6)
 
 
+@pytest.fixture
+def by_descriptor(monkeypatch):
+    """A call's result through pointers and through descriptors, and how many launches took descriptors."""
+    from longrope_kernels.backends.triton import configs, descriptors
+    from longrope_kernels.backends.triton.launch import Launch
+
+    if descriptors.TensorDescriptor is None:
+        pytest.skip("Triton before 3.4 has no tensor descriptors")
+    run = Launch.run
+
+    def compare(call):
+        taken = []
+        monkeypatch.setattr(Launch, "run", lambda launch: (taken.append(launch.config.descriptors), run(launch))[1])
+        results = []
+        for wanted in (False, True):
+            with configs.by_descriptors(wanted):
+                results.append(call())
+        return *results, sum(taken)
+
+    return compare
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 80), (96, 32), (32, 0)])
+def test_whole_blocks_of_keys_through_descriptors_are_the_same_bits(by_descriptor, head_dim, rotary_dim, dtype):
+    s = lk.RopeScaling(head_dim, 1e4, [2.0] * (rotary_dim // 2), rotary_dim=rotary_dim) if rotary_dim else None
+    q, k, v = (x.to(dtype) for x in operands(2, 2, 1, 130, 150, head_dim))
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)  # heads side by side, as projections leave them
+    bounds = {"key_start": torch.tensor([9, 0]), "key_length": torch.tensor([136, 143])}
+    for x in (k, v):
+        x[0, :, :9] = x[0, :, 145:] = x[1, :, 143:] = torch.nan
+    more = {64: {"window": (100, 20), "is_causal": False}, 96: {"softcap": 3.0}}.get(head_dim, {})
+    pointers, descriptors, taken = by_descriptor(
+        lambda: lk.attention(q, k, v, s, return_lse=True, backend="triton", **bounds, **more)
+    )
+    assert taken == 1
+    for one, other in zip(pointers, descriptors, strict=True):
+        assert torch.equal(one, other)
+    assert descriptors[0].isfinite().all()
+
+
+def test_packed_batches_through_descriptors_are_the_same_bits(by_descriptor):
+    leaves, bounds = packed([100, 0, 3, 70], [100, 5, 33, 90])
+    pointers, descriptors, taken = by_descriptor(
+        lambda: lk.attention_varlen(*leaves, *bounds, scaling(32), backend="triton")
+    )
+    assert taken == 1
+    assert torch.equal(pointers, descriptors)
+
+
+def test_operands_that_descriptors_do_not_take_are_read_through_pointers(by_descriptor):
+    """Rows or an address that are no multiple of 16 bytes, a value for all heads; keys rotated in the tile, caches."""
+    q, k, _ = (x.half() for x in operands(1, 4, 2, 130, 140, 32))
+    memory = torch.randn(2 * 141 * 36).half()
+    values = {
+        "rows of 72 bytes": memory[: 2 * 140 * 36].view(1, 2, 140, 36)[..., :32],
+        "2 bytes off": memory[1 : 1 + 2 * 140 * 32].view(1, 2, 140, 32),
+        "expanded": memory[: 140 * 32].view(1, 1, 140, 32).expand(1, 2, 140, 32),
+    }
+    for name, v in values.items():
+        call = lambda v=v: lk.attention(q, k, v, scaling(32), backend="triton")  # noqa: E731
+        pointers, descriptors, taken = by_descriptor(call)
+        assert taken == 0, name
+        assert torch.equal(pointers, descriptors)
+    cache = lk.KVCache(1, 2, 32, 140, torch.float16, page_tokens=64)
+    cache.append(k, k, backend="triton")
+    calls = {
+        "in the tile": lambda: lk.attention(q[:, :, :100], k, k, scaling(32), backend="triton"),
+        "split": lambda: lk.attention(q[:, :, :3], k, k, scaling(32), backend="triton"),
+        "cache": lambda: cache.attend(q, scaling(32), backend="triton"),
+    }
+    for name, call in calls.items():
+        assert by_descriptor(call)[2] == 0, name
+
+
 def gradients(inputs, scalings, backend, **kwargs):
     out, lse = lk.attention(*inputs, scalings, return_lse=True, backend=backend, **kwargs)
     return torch.autograd.grad((out * out).sum() + lse.sin().sum(), inputs)

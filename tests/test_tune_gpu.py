@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,20 @@ def test_candidates_are_tiles_that_kernels_take(kernel):
         for config in found:
             assert configs.SPLIT_KEYS % config.keys == 0
             assert kernel != "decode int8" or 64 % config.keys == 0
+
+
+def test_descriptors_are_tried_for_prefill_where_the_hardware_has_them(table):
+    for entry in tune_gpu.entries(table):
+        found = {config.descriptors for config in tune_gpu.candidates(entry.kernel, entry.target, entry.config(table))}
+        assert found == (
+            {False, True} if entry.kernel == "forward" and entry.target in ("sm_90", "sm_100") else {False}
+        )
+    wins = replace(FORWARD.config(table), descriptors=True)
+    cost = lambda entry: 0.5 if entry.config(table) == wins else 1.0  # noqa: E731
+    assert tune_gpu.tune(table, [FORWARD], cost, 0.1, 1.0) == {FORWARD: wins}
+    written = json.loads(tune_gpu.dumps(table))
+    assert FORWARD.config(written) == wins
+    assert len(written["forward"]["sm_80"]["16"]["128"]) == 4
 
 
 def test_the_cheapest_wins_if_it_wins_by_the_margin(table):

@@ -1,6 +1,7 @@
 """Which tile sizes, warps and pipeline stages a kernel runs with: data, picked by pure functions of the problem.
 
-The data is configs.json: kernel and variant, target, bits of an element, head width -> [rows, keys, warps, stages].
+The data is configs.json: kernel and variant, target, bits of an element, head width -> [rows, keys, warps, stages],
+and true behind them where keys come through tensor descriptors.
 `python -m bench.tune_gpu` writes it, from measurements on a GPU; until it has run on one, the figures are those that
 compile without spills and within the target's shared memory, two programs on a multiprocessor where that is possible
 (`make report-gpu` prints both).
@@ -11,20 +12,30 @@ the slots around it. What may decide is the target, the head, the dtype and the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import pathlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Config:
-    """Rows and keys of a tile, warps of a program, stages of its software pipeline."""
+    """Rows and keys of a tile, warps of a program, stages of its software pipeline.
+
+    With `descriptors` keys come through tensor descriptors where the operands allow it: `forward_kernel` alone.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    descriptors: bool = False
+
+    def to_list(self) -> list[int]:
+        """The entry of the table: descriptors only where they are taken."""
+        return [self.rows, self.keys, self.warps, self.stages, *[True] * self.descriptors]
 
 
 # Keys of a run of split-key attention, counted from a sequence's first key. 512 keys of bf16 and head_dim 128 are
@@ -37,6 +48,7 @@ IN_TILE_ROWS = 256
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 TABLE = pathlib.Path(__file__).with_name("configs.json")
+DESCRIPTOR_TARGETS = ("sm_90", "sm_100", "interpreter")  # whose hardware has them, and what imitates it
 WIDTHS = (64, 128, 256, 512)  # head widths of the table: the smallest that holds the head is taken
 KERNELS = (
     "forward",
@@ -104,7 +116,22 @@ def _chosen(kernel: str, target: str, head_width: int, itemsize: int) -> Config:
     if target == "interpreter":
         return _INTERPRETER[kernel.removesuffix(" extras").removesuffix(" int8")]
     at = next(width for width in WIDTHS if width >= head_width)
-    return Config(*table()[kernel][target][str(8 * itemsize)][str(at)])
+    rows, keys, warps, stages, *descriptors = table()[kernel][target][str(8 * itemsize)][str(at)]
+    return Config(rows, keys, warps, stages, any(descriptors))
+
+
+_by_descriptors: bool | None = None  # None: as the table says
+
+
+@contextlib.contextmanager
+def by_descriptors(wanted: bool) -> Iterator[None]:
+    """Have `forward` take tensor descriptors where the target has them, or pointers: for benchmarks and tests."""
+    global _by_descriptors
+    before, _by_descriptors = _by_descriptors, wanted
+    try:
+        yield
+    finally:
+        _by_descriptors = before
 
 
 def forward(target: str, head_width: int, itemsize: int, plain: bool, int8: bool = False) -> Config:
@@ -116,7 +143,10 @@ def forward(target: str, head_width: int, itemsize: int, plain: bool, int8: bool
         int8: keys and values of an int8 cache, which are dequantised in registers.
     """
     variant = "forward int8" if int8 else "forward" if plain else "forward extras"
-    return _chosen(variant, target, head_width, itemsize)
+    config = _chosen(variant, target, head_width, itemsize)
+    if _by_descriptors is not None:
+        config = replace(config, descriptors=_by_descriptors and target in DESCRIPTOR_TARGETS)
+    return config
 
 
 def decode(target: str, head_width: int, itemsize: int, int8: bool = False) -> Config:

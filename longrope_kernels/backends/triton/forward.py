@@ -11,7 +11,9 @@ row sees whole run without a mask. Row blocks that see most keys start first.
 
 Operations: 4 head_dim per visible score in the products, one exp2 and about 6 more in the softmax; rotation adds about
 35 per pair of dims of a key tile where it is done there. Bytes: queries and output once, keys and values once per row
-block, from L2. Bound by the tensor cores, at head_dim 64 as much by exp2.
+block, from L2. Bound by the tensor cores, at head_dim 64 as much by exp2. With TILES the blocks that every row sees
+whole come through tensor descriptors (descriptors.py), one instruction a tile instead of an address for every 16 bytes;
+the masked ones, two or three of a row block, through pointers, which know where a sequence ends.
 
 A row's bits depend on its own interval of keys alone: blocks are counted from a sequence's first key, and a block in
 which a row sees nothing leaves its sums as they were. With SPLIT a program takes one run of SPLIT keys, counted
@@ -58,6 +60,12 @@ def softmax_step(scores, visible, acc, top, total, values, scale_log2, cap_slope
 
 
 @triton.jit
+def load_tile(tiles, outer, head, slot, FIRST: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr):
+    """Dims [FIRST, FIRST + DIMS) of the keys in slots [slot, slot + KEYS), through a descriptor."""
+    return tiles.load([outer, head, slot, FIRST]).reshape(KEYS, DIMS)
+
+
+@triton.jit
 def walk_keys(
     acc,
     top,
@@ -91,6 +99,11 @@ def walk_keys(
     scale_log2,
     cap_slope,
     cap_log2,
+    pair_tiles,
+    rest_tiles,
+    value_tiles,
+    outer,
+    first_slot,
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
@@ -103,6 +116,7 @@ def walk_keys(
     ONE_PAGE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     MASKED: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     HAS_ROPE: tl.constexpr = PAIRS > 0
     HAS_REST: tl.constexpr = HEAD_DIM > 2 * PAIRS
@@ -110,25 +124,38 @@ def walk_keys(
         index = first + tl.arange(0, BLOCK_KEYS)
         inside = index < key_length
         page, slot = key_slots(first, index, inside, table, page_tokens, ONE_PAGE)
-        k_a, k_b, k_rest = load_keys(
-            keys + page * key_page_stride + slot * key_token_stride,
-            inside,
-            first,
-            index,
-            key_length,
-            page,
-            page_tokens,
-            key_scale,
-            key_tail,
-            head,
-            key_heads,
-            PAIRS if ROTATE_KEY else PAIR_BLOCK,
-            HEAD_DIM - 2 * PAIRS if ROTATE_KEY else REST_BLOCK,
-            PAIR_BLOCK,
-            REST_BLOCK,
-            INTERLEAVED and ROTATE_KEY,
-            MASKED,
-        )
+        if not TILES:
+            k_a, k_b, k_rest = load_keys(
+                keys + page * key_page_stride + slot * key_token_stride,
+                inside,
+                first,
+                index,
+                key_length,
+                page,
+                page_tokens,
+                key_scale,
+                key_tail,
+                head,
+                key_heads,
+                PAIRS if ROTATE_KEY else PAIR_BLOCK,
+                HEAD_DIM - 2 * PAIRS if ROTATE_KEY else REST_BLOCK,
+                PAIR_BLOCK,
+                REST_BLOCK,
+                INTERLEAVED and ROTATE_KEY,
+                MASKED,
+            )
+        else:
+            k_a = 0.0
+            k_b = 0.0
+            k_rest = 0.0
+            tile_head = head.to(tl.int32)
+            tile_slot = first_slot + first
+            if HAS_ROPE:
+                k_a = load_tile(pair_tiles, outer, tile_head, tile_slot, 0, BLOCK_KEYS, PAIR_BLOCK)
+                k_b = load_tile(pair_tiles, outer, tile_head, tile_slot, PAIR_BLOCK, BLOCK_KEYS, PAIR_BLOCK)
+            if HAS_REST:
+                k_rest = load_tile(rest_tiles, outer, tile_head, tile_slot, 2 * PAIR_BLOCK, BLOCK_KEYS, REST_BLOCK)
+            v = load_tile(value_tiles, outer, tile_head, tile_slot, 0, BLOCK_KEYS, VALUE_BLOCK)
         if ROTATE_KEY:
             if HAS_ROPE:
                 if HAS_KEY_POSITIONS:
@@ -146,20 +173,21 @@ def walk_keys(
         visible = None
         if MASKED:
             visible = (index[None, :] >= low[:, None]) & (index[None, :] < high[:, None])
-        v = load_values(
-            values + page * value_page_stride + slot * value_token_stride,
-            inside,
-            page,
-            slot,
-            page_tokens,
-            value_scale,
-            head,
-            key_heads,
-            key_tail,
-            HEAD_DIM,
-            VALUE_BLOCK,
-            MASKED,
-        )
+        if not TILES:
+            v = load_values(
+                values + page * value_page_stride + slot * value_token_stride,
+                inside,
+                page,
+                slot,
+                page_tokens,
+                value_scale,
+                head,
+                key_heads,
+                key_tail,
+                HEAD_DIM,
+                VALUE_BLOCK,
+                MASKED,
+            )
         acc, top, total = softmax_step(scores, visible, acc, top, total, v, scale_log2, cap_slope, cap_log2, HAS_CAP)
     return acc, top, total
 
@@ -215,6 +243,9 @@ def forward_kernel(
     scale_log2,
     cap_slope,
     cap_log2,
+    pair_tiles,  # with TILES: descriptors of key, by pieces, and of value, for tiles of BLOCK_KEYS keys; else None
+    rest_tiles,
+    value_tiles,
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
@@ -229,6 +260,7 @@ def forward_kernel(
     HAS_CAP: tl.constexpr,
     SPLIT: tl.constexpr,
     ONE_PAGE: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
@@ -371,6 +403,11 @@ def forward_kernel(
                 scale_log2,
                 cap_slope,
                 cap_log2,
+                pair_tiles,
+                rest_tiles,
+                value_tiles,
+                outer.to(tl.int32),
+                first_key.to(tl.int32),
                 HEAD_DIM,
                 PAIRS,
                 PAIR_BLOCK,
@@ -383,6 +420,7 @@ def forward_kernel(
                 ONE_PAGE,
                 BLOCK_KEYS,
                 part != 1,
+                TILES and part == 1,
             )
 
     seen = total > 0.0

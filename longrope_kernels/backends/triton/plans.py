@@ -5,6 +5,7 @@ The backward's launches are in plans_backward.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .arguments import (
 )
 from .configs import Config, pad, width
 from .decode import combine_kernel, decode_kernel
+from .descriptors import NONE, key_tiles
 from .forward import forward_kernel
 from .launch import Launch
 from .rope import rotate_kernel
@@ -191,7 +193,7 @@ def _split(
         arguments |= {"partial": partial, "partial_lse": partial_lse}
     else:
         kernel = forward_kernel
-        arguments |= blocks | {"row_blocks": row_blocks, "out": partial, "lse": partial_lse, "ROTATE_KEY": True}
+        arguments |= blocks | {"row_blocks": row_blocks, "out": partial, "lse": partial_lse, "ROTATE_KEY": True} | NONE
         arguments |= strides("out", partial)
     launches = [Launch(kernel, (batch * key_heads * row_blocks, splits), arguments, config)]
     merge = {
@@ -244,7 +246,9 @@ def _whole(
     arguments |= blocks | cache_arguments(pages, config)
     arguments |= {"out": out, "lse": lse, **strides("out", out), "splits": 1, "SPLIT": 0, "ROTATE_KEY": in_tile}
     arguments |= {"row_blocks": row_blocks, "HAS_KEY_POSITIONS": arguments["HAS_KEY_POSITIONS"] and in_tile}
-    launches.append(Launch(forward_kernel, (batch * key_heads * row_blocks,), arguments, config))
+    tiles = key_tiles(key, value, config, arguments) if not in_tile or (pages is None and pairs == 0) else NONE
+    config = replace(config, descriptors=tiles["TILES"])
+    launches.append(Launch(forward_kernel, (batch * key_heads * row_blocks,), arguments | tiles, config))
     return out, lse, launches
 
 
