@@ -20,6 +20,7 @@ from torch import Tensor
 from ...bundles import Geometry, Packing, Pages, Rotation
 
 NAME = "triton"
+QUANTISED = (torch.int8, torch.float8_e4m3fn)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
