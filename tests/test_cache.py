@@ -400,7 +400,7 @@ def test_the_ops_are_sound(quantised):
     tables += [rotation.attention_factor, rotation.regime_index]
     numbers = (None, None, 0.125, True, -1, -1, 0.0, False, "")
     read = (queries(2), *fields, *scales, *tables, *numbers)
-    # What looks for writes that the schema does not name multiplies every operand, and torch has no such product of fp8.
+    # What looks for writes that the schema does not name multiplies every operand, and torch has no product of fp8.
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     checks += ["test_schema"] * (quantised == "int8")
     torch.library.opcheck(torch.ops.longrope_kernels.attention_paged, read, test_utils=checks)

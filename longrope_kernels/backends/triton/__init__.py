@@ -187,7 +187,7 @@ def attention_varlen_backward(
 
 
 def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Attention over a cache of unrotated keys, contiguous or paged, int8 or not."""
+    """Attention over a cache of unrotated keys, contiguous or paged, quantised or not."""
     from . import plans
     from .launch import target_of
 

@@ -159,7 +159,7 @@ def decode_kernel(
     key_start,
     key_length,
     table,  # of a cache in pages: int32[B, N]; else None
-    key_scale,  # of an int8 cache, with value_scale and key_tail; else None, see pages.py
+    key_scale,  # of a quantised cache, with value_scale and key_tail; else None, see pages.py
     value_scale,
     key_tail,
     query_batch_stride,

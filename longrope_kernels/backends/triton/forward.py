@@ -186,7 +186,7 @@ def forward_kernel(
     block_sequence,  # int32[row blocks], the sequence of each
     block_index,  # int32[row blocks], which block of the sequence; -1: none
     table,  # of a cache in pages: int32[B, N]; else None
-    key_scale,  # of an int8 cache, with value_scale and key_tail; else None, see pages.py
+    key_scale,  # of a quantised cache, with value_scale and key_tail; else None, see pages.py
     value_scale,
     key_tail,
     query_batch_stride,
