@@ -5,7 +5,7 @@
 
 namespace longrope {
 
-enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kFp8 = 4 };  // fp8: core/fp8.h
 
 // A [batch, heads, tokens, head_dim] operand; the last dimension has unit stride.
 struct Operand {
@@ -51,11 +51,12 @@ constexpr int kKeyGroup = 64;
 struct Pages {
     const int32_t* block_table;  // [batch, pages_per_sequence] contiguous; null: no pages
     int64_t pages_per_sequence, page_tokens;
-    // An int8 cache; null: keys and values are in the dtype of the query. Whole groups of keys are quantised, those of
-    // the last one wait in key_tail until it is whole.
+    // A quantised cache; null: keys and values are in the dtype of the query. Whole groups of keys are quantised, those
+    // of the last one wait in key_tail until it is whole.
     const float* key_scale;    // [pages, key_heads, page_tokens / kKeyGroup, head_dim] contiguous
     const float* value_scale;  // [pages, key_heads, page_tokens] contiguous
     Operand key_tail;          // [batch, key_heads, kKeyGroup, head_dim]
+    Dtype stored;              // of keys and values in the pages
 };
 
 struct AttentionParams {

@@ -303,7 +303,7 @@ def decode_kernel(
                         ONE_PAGE,
                         BLOCK_KEYS,
                     )
-    seen = total > 0.0
+    seen = total != 0.0  # a NaN is
     total = tl.where(seen, total, 1.0)
     acc = acc * (1.0 / total)[:, None]
     store_dims(partial + place * HEAD_DIM, in_rows & seen, acc, 0, HEAD_DIM, VALUE_BLOCK)
@@ -355,7 +355,7 @@ def combine_kernel(
         acc += tl.sum(values * weight[:, None], 0)
         total += tl.sum(weight, 0)
 
-    seen = total > 0.0
+    seen = total != 0.0  # a NaN is
     total = tl.where(seen, total, 1.0)
     acc = acc * (1.0 / total)
     query_head = head * group + row % group

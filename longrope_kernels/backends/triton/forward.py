@@ -385,7 +385,7 @@ def forward_kernel(
                 part != 1,
             )
 
-    seen = total > 0.0
+    seen = total != 0.0  # a NaN is
     total = tl.where(seen, total, 1.0)
     acc = acc * (1.0 / total)[:, None]
     log_total = tl.where(seen, top + tl.log2(total), float("-inf"))
