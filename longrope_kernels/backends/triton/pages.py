@@ -23,11 +23,11 @@ KEY_GROUP = tl.constexpr(64)
 def widened(x):
     """fp32 of what a quantised cache holds: int8, fp8, or the bits of fp8 as uint8."""
     if x.dtype == tl.uint8:
-        bits = x.to(tl.int32)
+        bits = x.to(tl.int16)
         magnitude = bits & 127
-        # Exponent and mantissa in the place of fp32's: the biases differ by 120, and subnormals are subnormal.
-        y = ((magnitude << 20) | ((bits & 128) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-        y = tl.where(magnitude == 127, float("nan"), y)
+        # Exponent and mantissa in the place of fp16's: the biases differ by 8, and subnormals are subnormal.
+        half = ((magnitude << 7) | ((bits & 128) << 8)).to(tl.float16, bitcast=True)
+        y = tl.where(magnitude == 127, float("nan"), half.to(tl.float32) * 256.0)
     else:
         y = x.to(tl.float32)
     return y
