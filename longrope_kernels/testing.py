@@ -158,15 +158,16 @@ class CacheProblem:
     def __post_init__(self) -> None:
         self.shape = f"query {tuple(self.query.shape)}, key {tuple(self.key.shape)}, {self.query.dtype}"
 
-    def filled(self, backend: str | None, at_once: bool = False) -> KVCache:
-        """Return the cache as a backend fills it, in the cuts or with one append."""
+    def filled(self, backend: str | None, device: str = "cpu", at_once: bool = False) -> KVCache:
+        """Return the cache as a backend fills it on a device, in the cuts or with one append."""
         batch, key_heads, tokens, head_dim = self.key.shape
-        cache = KVCache(batch, key_heads, head_dim, tokens, self.key.dtype, self.quantised, self.page_tokens)
+        kind = (self.key.dtype, self.quantised, self.page_tokens)
+        cache = KVCache(batch, key_heads, head_dim, tokens, *kind, device=device)
         at = 0
         for cut in [tokens] if at_once else self.cuts:
             count = (torch.tensor(self.lengths) - at).clamp(0, cut)
-            part = slice(at, at + cut)
-            cache.append(self.key[:, :, part], self.value[:, :, part], count, backend=backend)
+            key, value = (x[:, :, at : at + cut].to(device) for x in (self.key, self.value))
+            cache.append(key, value, count.to(device), backend=backend)
             at += cut
         return cache
 
@@ -312,41 +313,41 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def check_filling(problem: CacheProblem, backend: str | None = None) -> None:
+def check_filling(problem: CacheProblem, backend: str | None = None, device: str = "cpu") -> None:
     """A cache holds the bits that the definition holds, however the appending was cut."""
-    ours, exact = problem.filled(backend).pages, problem.filled("reference").pages
+    ours, at_once = (_on_cpu(problem.filled(backend, device, at_once).pages) for at_once in (False, True))
+    exact = problem.filled("reference").pages
     for name in (f.name for f in dataclasses.fields(Pages)):
         a, b = getattr(ours, name), getattr(exact, name)
         assert a is None or same_bits(a, b), f"{name}: not the bits of the definition"
-    at_once = problem.filled(backend, at_once=True).pages  # its pages may lie elsewhere
+    # What was appended at once may lie in other pages.
     for name, a, b in zip(
         ("keys", "values"), gathered(ours, torch.float64), gathered(at_once, torch.float64), strict=True
     ):
         assert torch.equal(a, b), f"{name}: what is held depends on how the appending was cut"
 
 
-def check_reading(
-    cache: KVCache, query: Tensor, scaling: RopeScaling, backend: str | None = None, held: KVCache | None = None
-) -> None:
-    """Out and lse of a cache obey the error rule against float64 over what it holds, dequantised.
+def _on_cpu(pages: Pages) -> Pages:
+    fields: dict[str, Any] = {f.name: getattr(pages, f.name) for f in dataclasses.fields(Pages)}
+    return Pages(**{name: None if x is None else x.cpu() for name, x in fields.items()})
 
-    Args:
-        held: the same cache on the CPU, where `cache` and its backend are on another device.
-    """
-    held = held or cache
+
+def check_reading(cache: KVCache, query: Tensor, scaling: RopeScaling, backend: str | None = None) -> None:
+    """Out and lse of a cache obey the error rule against float64 over what it holds, dequantised."""
+    length = cache.length.cpu()
     out, lse = cache.attend(query.to(cache.length.device), scaling, return_lse=True, backend=backend)
-    key, value = gathered(held.pages, torch.float64)
-    exact, exact_lse = reference.attention(query, key, value, scaling, key_length=held.length, return_lse=True)
-    rounded = [x.to(query.dtype) for x in (key, value)]
-    plain, plain_lse = plain_attention(Problem(query, *rounded, scaling, {"key_length": held.length}))
+    key, value = gathered(_on_cpu(cache.pages), torch.float64)
+    exact, exact_lse = reference.attention(query, key, value, scaling, key_length=length, return_lse=True)
+    rounded = Problem(query, key.to(query.dtype), value.to(query.dtype), scaling, {"key_length": length})
+    plain, plain_lse = plain_attention(rounded)
     assert_within_error_rule("out", out.cpu(), plain, exact, 1e-5)
     assert_within_error_rule("lse", lse.cpu(), plain_lse, exact_lse, 1e-5)
 
 
-def check_cache(problem: CacheProblem, backend: str | None = None) -> None:
-    """`check_filling` and `check_reading`."""
-    check_filling(problem, backend)
-    check_reading(problem.filled(backend), problem.query, problem.scaling, backend)
+def check_cache(problem: CacheProblem, backend: str | None = None, device: str = "cpu") -> None:
+    """`check_filling` and `check_reading`, of a cache on a device."""
+    check_filling(problem, backend, device)
+    check_reading(problem.filled(backend, device), problem.query, problem.scaling, backend)
 
 
 def check_repeats(attention: Attention, problem: Problem) -> None:
@@ -460,6 +461,7 @@ def conformance(
     gradients: bool = True,
     bitwise: bool = True,
     caches: Sequence[bool | str] = (),
+    device: str = "cpu",
 ) -> None:
     """Hold a kernel to the numerics contract: every property on `max_examples` hypothesis-drawn problems.
 
@@ -469,7 +471,7 @@ def conformance(
         dtypes, head_dims, max_tokens: what the kernel supports.
         gradients: check backward too.
         bitwise: batch neighbours and padding must change no bit; False: nothing beyond a rounding.
-        caches: formats of `KVCache` (its `quantised`) that our backend fills and reads.
+        caches: formats of `KVCache` (its `quantised`) that our backend fills and reads, on `device`.
 
     Raises:
         AssertionError: with hypothesis' smallest failing problem.
@@ -515,7 +517,7 @@ def conformance(
         run(functools.partial(check_gradients, attention), small, share=0.5)
     if caches:
         kept = cache_problems(caches, dtypes, head_dims, max_tokens)
-        run(functools.partial(check_cache, backend=backend), kept, share=0.3)
+        run(functools.partial(check_cache, backend=backend, device=device), kept, share=0.3)
 
 
 def _square(drawn: st.SearchStrategy[Problem]) -> st.SearchStrategy[Problem]:

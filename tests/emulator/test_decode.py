@@ -88,7 +88,7 @@ def test_fp8_conversions_are_those_of_torch(emulated):
 
 @pytest.mark.parametrize("quantised", ["int8", "fp8"])
 def test_small_probabilities_of_quantised_values_count(emulated, quantised):
-    """1,200 keys far below the largest score, in fp16: a probability times the scale of a value is below its normals."""
+    """1,200 keys far below the largest score, in fp16: a probability times a scale is below its normals."""
     key = torch.zeros(1, 1, 1201, 32, dtype=torch.float16)
     key[0, 0, 0, 0] = 1.0
     value = torch.full_like(key, 100.0)
