@@ -328,8 +328,9 @@ def check_filling(problem: CacheProblem, backend: str | None = None, device: str
 
 
 def _on_cpu(pages: Pages) -> Pages:
-    fields: dict[str, Any] = {f.name: getattr(pages, f.name) for f in dataclasses.fields(Pages)}
-    return Pages(**{name: None if x is None else x.cpu() for name, x in fields.items()})
+    fields = ((f.name, getattr(pages, f.name)) for f in dataclasses.fields(Pages))
+    moved: dict[str, Any] = {name: None if x is None else x.cpu() for name, x in fields}
+    return Pages(**moved)
 
 
 def check_reading(cache: KVCache, query: Tensor, scaling: RopeScaling, backend: str | None = None) -> None:
