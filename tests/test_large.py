@@ -197,7 +197,9 @@ def assert_rms_within(attention, p, factor=1.1):
     for name, truth in exact.items():
         error, bound = ((x[name].double() - truth).square().mean().sqrt().item() for x in (actual, allowed))
         wider = parts if name in ("key", "value") else 1.0
-        assert error <= factor * wider * bound, f"{name}: RMS error {error:.3g}, {error / bound:.3g} x {bound:.3g} (plain)"
+        assert error <= factor * wider * bound, (
+            f"{name}: RMS error {error:.3g}, {error / bound:.3g} x {bound:.3g} (plain)"
+        )
 
 
 def fixed(shape, dtype):

@@ -54,8 +54,8 @@ inline RopeParams rope_params(const py::tuple& query, const py::tuple& key, cons
             threads};
 }
 
-// (block_table address, pages per sequence, page_tokens, key_scale address, value_scale address, key_tail, dtype of the
-// pages), or empty.
+// (block_table address, pages per sequence, page_tokens, key_scale address, value_scale address, key_tail, Stored), or
+// empty.
 inline Pages pages(const py::tuple& t) {
     if (t.empty()) return {};
     return {pointer<const int32_t>(t[0].cast<uintptr_t>()),
@@ -64,7 +64,7 @@ inline Pages pages(const py::tuple& t) {
             pointer<const float>(t[3].cast<uintptr_t>()),
             pointer<const float>(t[4].cast<uintptr_t>()),
             operand(t[5].cast<py::tuple>()),
-            static_cast<Dtype>(t[6].cast<int>())};
+            static_cast<Stored>(t[6].cast<int>())};
 }
 
 // (query, key, value, out, (lse, batch stride, head stride), tables, pages, (query_positions, batch stride),

@@ -5,7 +5,7 @@
 
 namespace longrope {
 
-enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kFp8 = 4 };  // fp8: core/fp8.h
+enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // A [batch, heads, tokens, head_dim] operand; the last dimension has unit stride.
 struct Operand {
@@ -46,6 +46,9 @@ struct RopeParams {
 // Keys that share one scale per channel in a quantised cache, by index in the sequence.
 constexpr int kKeyGroup = 64;
 
+// What the pages of a cache hold: the dtype of the query, int8, or fp8 (core/fp8.h).
+enum class Stored : int32_t { kAsGiven = 0, kInt8 = 1, kFp8 = 2 };
+
 // A cache in pages: key `index` of sequence b lies in page block_table[b][index / page_tokens], and the page takes the
 // batch's place in the strides of key and value.
 struct Pages {
@@ -56,7 +59,7 @@ struct Pages {
     const float* key_scale;    // [pages, key_heads, page_tokens / kKeyGroup, head_dim] contiguous
     const float* value_scale;  // [pages, key_heads, page_tokens] contiguous
     Operand key_tail;          // [batch, key_heads, kKeyGroup, head_dim]
-    Dtype stored;              // of keys and values in the pages
+    Stored stored;
 };
 
 struct AttentionParams {

@@ -149,7 +149,7 @@ void run(const AppendParams& p, int64_t tokens, Stream stream) {
         launch(quantise_values_kernel<T, Q>, (heads * tokens + kWarps - 1) / kWarps, kThreads, 0, arguments, stream);
         launch(quantise_groups_kernel<T, Q>, heads * (tokens / kKeyGroup + 1), kThreads, 0, arguments, stream);
     };
-    if (p.pages.stored == Dtype::kFp8)
+    if (p.pages.stored == Stored::kFp8)
         quantise_to(Fp8{});
     else
         quantise_to(int8_t{});

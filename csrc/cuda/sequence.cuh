@@ -76,7 +76,7 @@ LONGROPE_DEVICE bool quantised(const AttentionParams& p) {
 // Calls `function` with an int8_t or an Fp8, whichever the pages of a quantised cache hold: its type is what counts.
 template <class F>
 LONGROPE_DEVICE auto with_format(const Pages& pages, const F& function) {
-    return pages.stored == Dtype::kFp8 ? function(Fp8{}) : function(int8_t{});
+    return pages.stored == Stored::kFp8 ? function(Fp8{}) : function(int8_t{});
 }
 
 // Keys of a sequence that are quantised; those of the last group that is not whole wait in the tail.

@@ -297,7 +297,7 @@ void run(const AttentionParams& p, const AttentionScratch& scratch, Stream strea
         launch(attention_decode_kernel<T, kHeadDim, Q>, blocks, S::kThreads, S::kSharedBytes, arguments, stream);
     };
     if (p.pages.key_scale == nullptr) return of(T{});
-    if (p.pages.stored == Dtype::kFp8) return of(Fp8{});
+    if (p.pages.stored == Stored::kFp8) return of(Fp8{});
     of(int8_t{});
 }
 
