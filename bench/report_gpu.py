@@ -39,6 +39,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+TILES_OF = {"sm_89": GPUTarget("cuda", 89, 32)}  # chips with the configurations of another target
 # Shared memory that one program may have, in bytes.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 POINTERS = {
@@ -49,6 +50,8 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 # The kernels that multiply matrices, and the instruction that says they do it on the tensor cores.
 MATMUL_KERNELS = ("forward_kernel", "decode_kernel", "backward_query_kernel", "backward_key_kernel")
@@ -59,6 +62,9 @@ MATMUL = {
     "gfx942": ("amdgcn", r"v_mfma"),
 }
 MATMUL["sm_100"] = ("ptx", r"tcgen05\.mma|mma\.sync")
+
+
+QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # caches, by the first word of an op
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,11 @@ class Case:
     general: bool = False  # window, softcap, explicit positions, padding, and the gradient of the frequencies
 
     @property
+    def quantised(self) -> torch.dtype | None:
+        """What the case's cache holds, where that is another format than its dtype."""
+        return QUANTISED.get(self.op.split()[0])
+
+    @property
     def label(self) -> str:
         """The case in words, without its target."""
         extra = [f"rotary {self.rotary_dim}"] * (self.rotary_dim is not None)
@@ -86,12 +97,10 @@ def launches(case: Case) -> list[Launch]:
     meta: dict[str, Any] = {"device": "meta"}
     batch, query_heads, key_heads, tokens = 1, 32, 8, 16384
     rotary_dim = case.head_dim if case.rotary_dim is None else case.rotary_dim
-    queries = {"decode": 1, "decode at positions": 1, "in tile": 40, "pages": 1, "int8": 1, "int8 in tile": 40}
-    queries |= {
-        "8 tokens": 8,
-        "16 tokens": 16,
-        "int8 16 tokens": 16,
-    }  # of 4 heads to a key head: blocks of 32 and 64 rows
+    queries = {"decode": 1, "decode at positions": 1, "in tile": 40, "pages": 1}
+    queries |= {"8 tokens": 8, "16 tokens": 16}  # of 4 heads to a key head: blocks of 32 and 64 rows
+    for kind in QUANTISED:
+        queries |= {kind: 1, f"{kind} in tile": 40, f"{kind} 16 tokens": 16}
     rows = queries.get(case.op, tokens)
     query = torch.empty(batch, query_heads, rows, case.head_dim, dtype=case.dtype, **meta)
     key = torch.empty(batch, key_heads, tokens, case.head_dim, dtype=case.dtype, **meta)
@@ -101,7 +110,7 @@ def launches(case: Case) -> list[Launch]:
     rotation = Rotation(table, table, table.double(), one, one.float(), regimes, case.interleaved)
     positions = [torch.empty(batch, n, dtype=torch.int64, **meta) for n in (rows, tokens)]
     lengths = torch.empty(batch, dtype=torch.int64, **meta)
-    general, in_pages = case.general, case.op == "pages" or case.op.startswith("int8")
+    general, in_pages = case.general, case.op == "pages" or case.quantised is not None
     geometry = Geometry(
         positions[0] if general else None,
         positions[1]
@@ -122,7 +131,7 @@ def launches(case: Case) -> list[Launch]:
     if in_pages:
         return plans.attention_paged(query, _pages(case, lengths), rotation, geometry, target)[2]
     if case.op == "append":
-        return [x for c in (case, replace(case, op="int8")) for x in _appends(c, key, lengths)]
+        return [x for op in ("append", *QUANTISED) for x in _appends(replace(case, op=op), key, lengths)]
     lse = torch.empty(query.shape[:-1], **meta)
     if case.op in ("packed", "packed backward"):
         packing = Packing(
@@ -142,13 +151,13 @@ def launches(case: Case) -> list[Launch]:
 
 
 def _pages(case: Case, lengths: torch.Tensor) -> Pages:
-    """A cache in pages of 256 tokens, int8 or in the case's dtype."""
+    """A cache in pages of 256 tokens, quantised or in the case's dtype."""
     count, key_heads, size, meta = 64, 8, 256, {"device": "meta"}
     table = torch.empty(len(lengths), count, dtype=torch.int32, **meta)
-    if not case.op.startswith("int8"):
+    if case.quantised is None:
         pages = torch.empty(count, key_heads, size, case.head_dim, dtype=case.dtype, **meta)
         return Pages(pages, pages, table, lengths)
-    pages = torch.empty(count, key_heads, size, case.head_dim, dtype=torch.int8, **meta)
+    pages = torch.empty(count, key_heads, size, case.head_dim, dtype=case.quantised, **meta)
     key_scale = torch.empty(count, key_heads, size // KEY_GROUP, case.head_dim, **meta)
     tail = torch.empty(len(lengths), key_heads, KEY_GROUP, case.head_dim, dtype=case.dtype, **meta)
     return Pages(pages, pages, table, lengths, key_scale, torch.empty(count, key_heads, size, **meta), tail)
@@ -180,7 +189,9 @@ def compile_launch(launch: Launch, target: str) -> Any:
         if parameter.name not in constants and divides:
             aligned.append(parameter.name)
     options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-    return triton.compile(_source(launch.kernel, types, constants, aligned), target=TARGETS[target], options=options)
+    return triton.compile(
+        _source(launch.kernel, types, constants, aligned), target=(TARGETS | TILES_OF)[target], options=options
+    )
 
 
 def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: list[str]) -> ASTSource:
@@ -277,14 +288,14 @@ PLAIN_OPS = ("rope", "forward", "in tile", "decode", "decode at positions", "bac
 OPS = (
     *PLAIN_OPS,
     "pages",
-    "int8",
-    "int8 in tile",
+    *QUANTISED,
+    *(f"{kind} in tile" for kind in QUANTISED),
     "packed",
     "packed backward",
     "append",
     "8 tokens",
     "16 tokens",
-    "int8 16 tokens",
+    *(f"{kind} 16 tokens" for kind in QUANTISED),
 )
 
 
@@ -295,6 +306,8 @@ def quick_cases() -> Iterator[Case]:
     yield Case("sm_80", "decode")
     yield Case("sm_90", "decode")
     yield Case("sm_90", "backward")
+    for target in ("sm_80", "sm_90", "gfx942"):  # fp8 in integers, and converted by the chip
+        yield Case(target, "fp8")
 
 
 def all_cases() -> Iterator[Case]:
@@ -302,17 +315,18 @@ def all_cases() -> Iterator[Case]:
     for target in TARGETS:
         for op, head_dim in itertools.product(PLAIN_OPS, (64, 128, 256)):
             yield Case(target, op, head_dim)
-        for op, head_dim in itertools.product(("pages", "int8", "int8 in tile"), (64, 128, 256)):
+        of_caches = [x for kind in QUANTISED for x in (kind, f"{kind} in tile")]
+        for op, head_dim in itertools.product(("pages", *of_caches), (64, 128, 256)):
             yield Case(target, op, head_dim)
-        for op in ("pages", "int8", "int8 in tile"):
+        for op in ("pages", *of_caches):
             yield Case(target, op, 128, torch.float32)
-        for op in ("int8", "int8 in tile"):
+        for op in of_caches:
             yield Case(target, op, 128, general=True, interleaved=True)
         for op in ("packed", "packed backward"):
             yield Case(target, op)
             yield Case(target, op, 96, torch.float16, general=True)
-        for head_dim in (64, 128, 256):
-            yield Case(target, "int8 16 tokens", head_dim)
+        for kind, head_dim in itertools.product(QUANTISED, (64, 128, 256)):
+            yield Case(target, f"{kind} 16 tokens", head_dim)
         for op in ("8 tokens", "16 tokens"):
             for head_dim in (64, 128, 256):
                 yield Case(target, op, head_dim)

@@ -39,8 +39,10 @@ LAUNCHES = {
     "forward": ("forward", "forward_kernel", False),
     "forward extras": ("in tile", "forward_kernel", True),
     "forward int8": ("int8 in tile", "forward_kernel", True),
+    "forward fp8": ("fp8 in tile", "forward_kernel", True),
     "decode": ("decode", "decode_kernel", True),
     "decode int8": ("int8", "decode_kernel", True),
+    "decode fp8": ("fp8", "decode_kernel", True),
     "split 16": ("decode at positions", "forward_kernel", True),
     "split 32": ("8 tokens", "forward_kernel", True),
     "split 64": ("16 tokens", "forward_kernel", True),
@@ -96,8 +98,8 @@ def candidates(kernel: str, target: str, present: Config) -> list[Config]:
     )
     keys = (present.keys // 2, present.keys, 2 * present.keys)
     stages = (1,) if target == "gfx942" else (1, 2, 3, 4)
-    # Whoever reads an int8 cache takes blocks that divide a group of keys.
-    most = KEY_GROUP if split or kernel in ("forward int8", "decode", "decode int8") else 128
+    # Whoever reads a quantised cache takes blocks that divide a group of keys.
+    most = KEY_GROUP if split or kernel.startswith("decode") or kernel.endswith(("int8", "fp8")) else 128
     found = [present]
     by_descriptor = (False, True) if kernel == "forward" and target in configs.DESCRIPTOR_TARGETS else (False,)
     for row, key, warps, stage, descriptors in itertools.product(rows, keys, (4, 8), stages, by_descriptor):
@@ -151,15 +153,9 @@ def problem(entry: Entry) -> Callable[[], Any]:
     case = entry.case
     rotary = case.head_dim if case.rotary_dim is None else case.rotary_dim
     s = lk.RopeScaling(case.head_dim, 5e5, torch.linspace(1, 16, rotary // 2).tolist(), rotary_dim=rotary)
-    few = {
-        "decode": 1,
-        "int8": 1,
-        "decode at positions": 1,
-        "8 tokens": 8,
-        "16 tokens": 16,
-        "in tile": 40,
-        "int8 in tile": 40,
-    }
+    few = {"decode": 1, "decode at positions": 1, "8 tokens": 8, "16 tokens": 16, "in tile": 40}
+    for kind in report_gpu.QUANTISED:
+        few |= {kind: 1, f"{kind} in tile": 40}
     tokens = few.get(case.op, 8192)
     keys = 8192 if tokens == 8192 else 65536
 
@@ -168,8 +164,9 @@ def problem(entry: Entry) -> Callable[[], Any]:
 
     query, key, value = draw(32, tokens), draw(8, keys), draw(8, keys)
     options: dict[str, Any] = {"softcap": 30.0} if case.general else {}
-    if case.op.startswith("int8"):
-        cache = lk.KVCache(1, 8, case.head_dim, keys, case.dtype, quantised=True, page_tokens=256, device="cuda")
+    if case.quantised is not None:
+        kind = case.op.split()[0]
+        cache = lk.KVCache(1, 8, case.head_dim, keys, case.dtype, kind, page_tokens=256, device="cuda")
         cache.append(key, value)
         return lambda: cache.attend(query, s, backend="triton", **options)
     if case.op == "decode at positions":
@@ -235,6 +232,7 @@ def main() -> int:
         from longrope_kernels.backends.triton.launch import target_of
 
         target, cost, margin = target_of(torch.device("cuda")), measured_cost, 0.02
+        target = configs.TILES_OF.get(target, target)
     table = configs.table()
     places = list(entries(table, kernel=arguments.kernel, target=target, bits=arguments.bits, width=arguments.width))
     changes = tune(table, places, cost, margin, arguments.minutes)

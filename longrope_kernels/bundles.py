@@ -89,6 +89,8 @@ class Packing:
 
 
 KEY_GROUP = 64  # keys that share one scale per channel in a quantised cache, by index in the sequence
+# The formats of a quantised cache, by the dtype of its pages, and what a scale maps the largest magnitude to.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,13 @@ class Pages:
     """A cache of unrotated keys and values: key i of sequence b is slot i % page_tokens of page
     block_table[b, i // page_tokens].
 
-    Quantised where the scales are given: values int8 with a scale per token; keys int8 with a scale per channel for
-    every whole group of KEY_GROUP tokens, and in full precision in the tail until their group is whole. The tail is a
-    ring, so the length of a quantised sequence can be taken back within its last group only (`KVCache.truncate`).
+    Quantised where the scales are given, to int8 or fp8 (e4m3): values with a scale per token; keys with a scale per
+    channel for every whole group of KEY_GROUP tokens, and in full precision in the tail until their group is whole. The
+    tail is a ring, so the length of a quantised sequence can be taken back within its last group only
+    (`KVCache.truncate`).
     """
 
-    key: Tensor  # [pages, Hkv, page_tokens, D], in the dtype of the query or int8
+    key: Tensor  # [pages, Hkv, page_tokens, D], in the dtype of the query, int8 or float8_e4m3fn
     value: Tensor  # like key
     block_table: Tensor  # int32[B, N], pages of each sequence in order; entries past its length are not read
     length: Tensor  # int64[B], tokens in the cache

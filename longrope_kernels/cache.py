@@ -1,4 +1,4 @@
-"""A cache of unrotated keys and their values: contiguous or in pages, in the model's dtype or int8.
+"""A cache of unrotated keys and their values: contiguous or in pages, in the model's dtype, int8 or fp8.
 
 Keys are rotated where they are read, so a change of regime in the middle of a sequence leaves no stale phases, and the
 same cache serves any rotary embedding.
@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks, ops_packed
 from .backends import cpu
 from .bundles import KEY_GROUP, Pages
-from .errors import refuse
+from .errors import brief, refuse
 from .functional import append_counts, attention_paged, page_fields
 from .rope import LongRope, RopeScaling
 
@@ -34,8 +34,10 @@ class KVCache:
         key_heads, head_dim: of keys and values.
         max_tokens: that a sequence can hold.
         dtype: of the queries, keys and values that come in.
-        quantised: keep int8: values with a scale per token, keys with a scale per channel for every 64 tokens (half the
-            error of a scale per token on unrotated keys), the last keys in `dtype` until their 64 are whole.
+        quantised: "int8" (or True), "fp8" (e4m3) or False. Values have a scale per token, keys a scale per channel for
+            every 64 tokens (half the error of a scale per token on unrotated keys); the last keys stay in `dtype` until
+            their 64 are whole. Both take half the memory of 16 bits; of the two int8 errs least
+            (`bench/quantised_cache.py`).
         page_tokens: tokens of a page; None: one run of memory per sequence. A multiple of 64 where quantised.
         pages: pages of the pool all sequences share; None: enough for every sequence at `max_tokens`.
         device: where the memory lies.
@@ -56,7 +58,7 @@ class KVCache:
         head_dim: int,
         max_tokens: int,
         dtype: torch.dtype = torch.bfloat16,
-        quantised: bool = False,
+        quantised: bool | str = False,
         page_tokens: int | None = None,
         pages: int | None = None,
         device: torch.device | str = "cpu",
@@ -66,30 +68,30 @@ class KVCache:
         checks.integer("head_dim", head_dim, 1, checks.MAX_HEAD_DIM)
         checks.integer("max_tokens", max_tokens, 1)
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            refuse("dtype", dtype, "float32, float16 or bfloat16 (int8 with quantised=True)", TypeError)
+            refuse("dtype", dtype, "float32, float16 or bfloat16 (int8 and fp8: quantised=True or 'fp8')", TypeError)
+        stored = _stored(quantised)
         self.paged = page_tokens is not None
         if page_tokens is None:
-            page_tokens = max_tokens if not quantised else -(-max_tokens // KEY_GROUP) * KEY_GROUP
+            page_tokens = max_tokens if stored is None else -(-max_tokens // KEY_GROUP) * KEY_GROUP
             if pages is not None:
                 refuse("pages", pages, "None without page_tokens")
         checks.integer("page_tokens", page_tokens, 1)
-        if quantised and page_tokens % KEY_GROUP:
+        if stored is not None and page_tokens % KEY_GROUP:
             refuse("page_tokens", page_tokens, f"a multiple of {KEY_GROUP}")
         per_sequence = -(-max_tokens // page_tokens)
         pages = batch * per_sequence if pages is None else checks.integer("pages", pages, 1)
         shape = (pages, key_heads, page_tokens, head_dim)
-        storage = torch.int8 if quantised else dtype
         table = torch.full((batch, per_sequence), -1, dtype=torch.int32, device=device)
         if not self.paged:
             table[:] = torch.arange(batch, device=device).unsqueeze(1)
         self.pages = Pages(
-            _zeros(shape, storage, device),
-            _zeros(shape, storage, device),
+            _zeros(shape, stored or dtype, device),
+            _zeros(shape, stored or dtype, device),
             table,
             torch.zeros(batch, dtype=torch.int64, device=device),
-            torch.zeros(pages, key_heads, page_tokens // KEY_GROUP, head_dim, device=device) if quantised else None,
-            torch.zeros(pages, key_heads, page_tokens, device=device) if quantised else None,
-            torch.zeros(batch, key_heads, KEY_GROUP, head_dim, dtype=dtype, device=device) if quantised else None,
+            torch.zeros(pages, key_heads, page_tokens // KEY_GROUP, head_dim, device=device) if stored else None,
+            torch.zeros(pages, key_heads, page_tokens, device=device) if stored else None,
+            torch.zeros(batch, key_heads, KEY_GROUP, head_dim, dtype=dtype, device=device) if stored else None,
         )
         self.max_tokens = max_tokens
         self.free = list(range(pages - 1, -1, -1)) if self.paged else []  # the lowest free page is taken first
@@ -113,7 +115,7 @@ class KVCache:
         Args:
             key, value: [batch, key_heads, tokens, head_dim]; keys unrotated.
             count: int[batch], how many of the tokens to take, from the first; None: all.
-            backend: "cpu", "reference", or None for the fastest that can.
+            backend: "cpu", "triton", "cuda", "reference", or None for the fastest that can.
 
         Raises:
             ValueError: more than `max_tokens`, or no page left; one line, and the cache is as before.
@@ -171,8 +173,8 @@ class KVCache:
         """Forget all but the first `tokens` of one sequence, as when drafted tokens are refused.
 
         Raises:
-            ValueError: more than it has; or, of a quantised cache, fewer than its last whole 64: what was rounded to
-                int8 has no full-precision tail to go back to (0 empties it all the same).
+            ValueError: more than it has; or, of a quantised cache, fewer than its last whole 64: what was rounded has
+                no full-precision tail to go back to (0 empties it all the same).
         """
         checks.integer("sequence", sequence, 0, len(self._held) - 1)
         held = self._held[sequence]
@@ -206,3 +208,16 @@ class KVCache:
             self.pages.block_table[b, len(self._owned[b])] = page
             self._owned[b].append(page)
         return needs
+
+
+def _stored(quantised: bool | str) -> torch.dtype | None:
+    """Return the dtype of the pages of a quantised cache, or None for those of one that is not."""
+    formats: dict[bool | str, torch.dtype | None] = {
+        "int8": torch.int8,
+        "fp8": torch.float8_e4m3fn,
+        True: torch.int8,
+        False: None,
+    }
+    if not isinstance(quantised, (bool, str)) or quantised not in formats:
+        refuse("quantised", brief(quantised), "'int8' (or True), 'fp8' or False")
+    return formats[quantised]

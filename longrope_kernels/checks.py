@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .bundles import KEY_GROUP, Geometry, Pages, Rotation
+from .bundles import KEY_GROUP, LARGEST, Geometry, Pages, Rotation
 from .errors import brief, refuse
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -241,14 +241,16 @@ def pages(pages: Pages) -> None:
     scales = {"key_scale": pages.key_scale, "value_scale": pages.value_scale, "key_tail": pages.key_tail}
     if key.dtype != value.dtype:
         refuse("value_pages", value.dtype, f"{key.dtype}, as key_pages", TypeError)
-    missing = [name for name, x in scales.items() if (x is None) == (key.dtype == torch.int8)]
+    quantised = key.dtype in LARGEST
+    missing = [name for name, x in scales.items() if (x is None) == quantised]
     if missing:
-        what = "None beside int8 pages" if key.dtype == torch.int8 else f"a tensor beside {key.dtype} pages"
-        refuse(missing[0], what, "scales and tail with int8 pages, and only with them")
-    if key.dtype != torch.int8:
+        kind = str(key.dtype).removeprefix("torch.") if quantised else key.dtype
+        what = f"{'None' if quantised else 'a tensor'} beside {kind} pages"
+        refuse(missing[0], what, "scales and tail with int8 or float8_e4m3fn pages, and only with them")
+    if not quantised:
         return
     if page_tokens % KEY_GROUP:
-        refuse("key_pages", f"{page_tokens} tokens a page", f"a multiple of {KEY_GROUP} in an int8 cache")
+        refuse("key_pages", f"{page_tokens} tokens a page", f"a multiple of {KEY_GROUP} in a quantised cache")
     shapes = {
         "key_scale": (count, heads_, page_tokens // KEY_GROUP, head_dim),
         "value_scale": (count, heads_, page_tokens),

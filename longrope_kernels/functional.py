@@ -315,7 +315,8 @@ def attention_paged(
     Args:
         query: [batch, query_heads, query_tokens, head_dim], the last tokens of each sequence, whose keys are in the
             cache already.
-        pages: `longrope_kernels.Pages`: keys and values by page, block table, lengths; int8 with their scales.
+        pages: `longrope_kernels.Pages`: keys and values by page, block table, lengths; int8 or fp8 with their
+            scales.
         query_positions: rotation positions, integers in [0, 2**31), [query_tokens] or [batch, query_tokens]. None: the
             index. Keys are rotated by their index.
         query_start: int[batch], index of the first query. None: pages.length - query_tokens.
@@ -334,7 +335,7 @@ def attention_paged(
     batch = query.shape[0]
     if pages.block_table.shape[0] != batch:
         refuse("block_table", f"{pages.block_table.shape[0]} sequences", f"those of query, {batch}")
-    if pages.key.dtype != torch.int8:
+    if not pages.quantised:
         checks.same_kind("key_pages", pages.key, query)
         checks.same_kind("value_pages", pages.value, query)
     elif pages.key_tail is not None:

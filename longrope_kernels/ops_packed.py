@@ -168,7 +168,8 @@ def attention_paged(
     checks.rotation_values(rotation)
     checks.geometry_values(geometry, query.shape[0], query.shape[2], 0)
     checks.page_values(pages, length)
-    return backends.pick("attention_paged", query, backend).attention_paged(query, pages, rotation, geometry)
+    module = backends.pick("attention_paged", query, backend, key_pages.dtype)
+    return module.attention_paged(query, pages, rotation, geometry)
 
 
 @attention_paged.register_fake
@@ -196,7 +197,7 @@ def cache_append(
     """Write the first count[b] tokens of key and value [B, Hkv, T, D] behind the length[b] tokens of the cache."""
     pages = Pages(key_pages, value_pages, block_table, length, key_scale, value_scale, key_tail)
     checks.append_values(pages, count, key.shape[2])
-    backends.pick("cache_append", key, backend).cache_append(key, value, pages, count)
+    backends.pick("cache_append", key, backend, key_pages.dtype).cache_append(key, value, pages, count)
 
 
 @cache_append.register_fake

@@ -29,7 +29,9 @@ from torch import Tensor
 
 from . import functional, reference
 from .backends import reference as _definition
-from .bundles import Geometry, Rotation
+from .backends.composed import gathered
+from .bundles import Geometry, Pages, Rotation
+from .cache import KVCache
 from .rope import LongRope, RopeScaling
 
 ANGLE_BUDGET = 3e-7  # absolute error of cos and sin that the numerics contract allows
@@ -139,6 +141,68 @@ def problems(
     )
 
 
+@dataclass
+class CacheProblem:
+    """A cache to fill in some cuts, and queries that are the last tokens of its sequences."""
+
+    query: Tensor = field(repr=False)
+    key: Tensor = field(repr=False)  # [batch, key_heads, longest sequence, head_dim]
+    value: Tensor = field(repr=False)
+    scaling: RopeScaling
+    lengths: list[int]
+    cuts: list[int]  # tokens of each append to the longest sequence
+    quantised: bool | str
+    page_tokens: int | None
+    shape: str = ""
+
+    def __post_init__(self) -> None:
+        self.shape = f"query {tuple(self.query.shape)}, key {tuple(self.key.shape)}, {self.query.dtype}"
+
+    def filled(self, backend: str | None, device: str = "cpu", at_once: bool = False) -> KVCache:
+        """Return the cache as a backend fills it on a device, in the cuts or with one append."""
+        batch, key_heads, tokens, head_dim = self.key.shape
+        kind = (self.key.dtype, self.quantised, self.page_tokens)
+        cache = KVCache(batch, key_heads, head_dim, tokens, *kind, device=device)
+        at = 0
+        for cut in [tokens] if at_once else self.cuts:
+            count = (torch.tensor(self.lengths) - at).clamp(0, cut)
+            key, value = (x[:, :, at : at + cut].to(device) for x in (self.key, self.value))
+            cache.append(key, value, count.to(device), backend=backend)
+            at += cut
+        return cache
+
+
+@st.composite
+def cache_problems(
+    draw: st.DrawFn,
+    formats: Sequence[bool | str] = (False, "int8", "fp8"),
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16),
+    head_dims: Sequence[int] = HEAD_DIMS,
+    max_tokens: int = 300,
+) -> CacheProblem:
+    """Draw a cache of a format, contiguous or in pages, how it is filled, and what asks it."""
+    head_dim, dtype = draw(st.sampled_from(list(head_dims))), draw(st.sampled_from(list(dtypes)))
+    lengths = draw(st.lists(st.integers(1, max_tokens), min_size=1, max_size=3))
+    first = draw(st.integers(0, max(lengths)))
+    quantised = draw(st.sampled_from(list(formats)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    query_tokens = draw(st.sampled_from([1, 1, 3, 30]))
+    shapes = ((2 * draw(st.integers(1, 4)), query_tokens), (2, max(lengths)), (2, max(lengths)))
+    query, key, value = (
+        torch.randn(len(lengths), heads, tokens, head_dim, generator=generator).to(dtype) for heads, tokens in shapes
+    )
+    return CacheProblem(
+        query,
+        key,
+        value,
+        draw(scalings(head_dim)),
+        lengths,
+        [first, max(lengths) - first],
+        quantised,
+        draw(st.sampled_from([None, 64] if quantised else [None, 7, 64])),
+    )
+
+
 def plain_attention(problem: Problem) -> tuple[Tensor, Tensor]:
     """The plain computation of the error rule: eager, whole score matrix, in the dtype of the operands.
 
@@ -240,6 +304,51 @@ def check_gradients(attention: Attention, problem: Problem) -> None:
     floor = 4 * _angle_floor(problem)
     for name, a, p, e in zip(("d query", "d key", "d value"), actual, plain, exact, strict=True):
         assert_within_error_rule(name, a, p, e, floor * max(float(e.abs().amax()), 1.0))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors hold the same; torch.equal does not take float8."""
+    if a.dtype == b.dtype == torch.float8_e4m3fn:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return torch.equal(a, b)
+
+
+def check_filling(problem: CacheProblem, backend: str | None = None, device: str = "cpu") -> None:
+    """A cache holds the bits that the definition holds, however the appending was cut."""
+    ours, at_once = (_on_cpu(problem.filled(backend, device, at_once).pages) for at_once in (False, True))
+    exact = problem.filled("reference").pages
+    for name in (f.name for f in dataclasses.fields(Pages)):
+        a, b = getattr(ours, name), getattr(exact, name)
+        assert a is None or same_bits(a, b), f"{name}: not the bits of the definition"
+    # What was appended at once may lie in other pages.
+    for name, a, b in zip(
+        ("keys", "values"), gathered(ours, torch.float64), gathered(at_once, torch.float64), strict=True
+    ):
+        assert torch.equal(a, b), f"{name}: what is held depends on how the appending was cut"
+
+
+def _on_cpu(pages: Pages) -> Pages:
+    fields = ((f.name, getattr(pages, f.name)) for f in dataclasses.fields(Pages))
+    moved: dict[str, Any] = {name: None if x is None else x.cpu() for name, x in fields}
+    return Pages(**moved)
+
+
+def check_reading(cache: KVCache, query: Tensor, scaling: RopeScaling, backend: str | None = None) -> None:
+    """Out and lse of a cache obey the error rule against float64 over what it holds, dequantised."""
+    length = cache.length.cpu()
+    out, lse = cache.attend(query.to(cache.length.device), scaling, return_lse=True, backend=backend)
+    key, value = gathered(_on_cpu(cache.pages), torch.float64)
+    exact, exact_lse = reference.attention(query, key, value, scaling, key_length=length, return_lse=True)
+    rounded = Problem(query, key.to(query.dtype), value.to(query.dtype), scaling, {"key_length": length})
+    plain, plain_lse = plain_attention(rounded)
+    assert_within_error_rule("out", out.cpu(), plain, exact, 1e-5)
+    assert_within_error_rule("lse", lse.cpu(), plain_lse, exact_lse, 1e-5)
+
+
+def check_cache(problem: CacheProblem, backend: str | None = None, device: str = "cpu") -> None:
+    """`check_filling` and `check_reading`, of a cache on a device."""
+    check_filling(problem, backend, device)
+    check_reading(problem.filled(backend, device), problem.query, problem.scaling, backend)
 
 
 def check_repeats(attention: Attention, problem: Problem) -> None:
@@ -352,6 +461,8 @@ def conformance(
     max_examples: int = 50,
     gradients: bool = True,
     bitwise: bool = True,
+    caches: Sequence[bool | str] = (),
+    device: str = "cpu",
 ) -> None:
     """Hold a kernel to the numerics contract: every property on `max_examples` hypothesis-drawn problems.
 
@@ -361,6 +472,7 @@ def conformance(
         dtypes, head_dims, max_tokens: what the kernel supports.
         gradients: check backward too.
         bitwise: batch neighbours and padding must change no bit; False: nothing beyond a rounding.
+        caches: formats of `KVCache` (its `quantised`) that our backend fills and reads, on `device`.
 
     Raises:
         AssertionError: with hypothesis' smallest failing problem.
@@ -404,6 +516,9 @@ def conformance(
     run(distance, drawn, st.sampled_from([1, 1000, 2**21, 2**30]), share=0.3)
     if gradients:
         run(functools.partial(check_gradients, attention), small, share=0.5)
+    if caches:
+        kept = cache_problems(caches, dtypes, head_dims, max_tokens)
+        run(functools.partial(check_cache, backend=backend, device=device), kept, share=0.3)
 
 
 def _square(drawn: st.SearchStrategy[Problem]) -> st.SearchStrategy[Problem]:

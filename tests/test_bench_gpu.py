@@ -42,7 +42,8 @@ def test_a_dry_run_takes_every_step(tmp_path):
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert content["complete"]
     assert content["dry_run"]
-    assert {row["section"] for row in content["rows"]} == {"forward", "backward", "decode", "decode int8", "rope"}
+    decode = {"decode", "decode int8", "decode fp8"}
+    assert {row["section"] for row in content["rows"]} == {"forward", "backward", *decode, "rope"}
     for row in content["rows"]:
         assert "refused" not in row
         assert row["seconds"]["ours"] > 0

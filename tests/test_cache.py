@@ -1,4 +1,4 @@
-"""Caches of unrotated keys: contiguous and paged, plain and int8, read by every backend alike."""
+"""Caches of unrotated keys: contiguous and paged, plain, int8 and fp8, read by every backend alike."""
 
 import dataclasses
 
@@ -18,7 +18,9 @@ LONG = PLAIN.replace(rescale_factors=[1.0 + i / 8 for i in range(32)], start_tok
 LADDER = lk.LongRope(100, {100: PLAIN, 4000: LONG})
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 USABLE = [name for name in ("cpu", "reference") if backends.unavailable_reason(name) is None]
+FORMATS = [False, "int8", "fp8"]
 KINDS = [(quantised, page) for quantised in (False, True) for page in (None, 64)]
+FP8_KINDS = [("fp8", page) for page in (None, 64)]  # of the reference alone, among the backends that run here
 
 
 def tokens(count, dtype=torch.float32, batch=2, heads=2, head_dim=64, seed=0):
@@ -68,15 +70,7 @@ def test_every_kind_of_cache_obeys_the_error_rule(dtype, head_dim, lengths, kind
     rotary = head_dim if partial is None else int(head_dim * partial) // 2 * 2
     scaling = lk.RopeScaling(head_dim, 1e4, [2.0] * (rotary // 2), 7, 1.1, rotary, interleaved)
     query = queries(query_tokens, dtype, len(lengths), head_dim=head_dim)
-    out, lse = cache.attend(query, scaling, return_lse=True)
-    exact, exact_lse = lk.reference.attention(
-        query, *gathered(cache.pages, torch.float64), scaling, key_length=cache.length, return_lse=True
-    )
-    held = [x.to(dtype) for x in gathered(cache.pages, torch.float64)]
-    problem = testing.Problem(query, *held, scaling, {"key_length": cache.length})
-    plain, plain_lse = testing.plain_attention(problem)
-    testing.assert_within_error_rule("out", out, plain, exact, 1e-5)
-    testing.assert_within_error_rule("lse", lse, plain_lse, exact_lse, 1e-5)
+    testing.check_reading(cache, query, scaling)
 
 
 # Keys whose channels differ, or of few channels, and queries that match: what rounding to a common step could lose.
@@ -129,6 +123,15 @@ def test_int8_products_lose_less_than_bf16_products_of_the_same_keys(kind, head_
 @every_backend_and_level
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_cache_holds_does_not_depend_on_how_the_appending_was_cut(kind, backend):
+    check_cuts(kind, backend)
+
+
+@pytest.mark.parametrize("kind", FP8_KINDS)
+def test_what_an_fp8_cache_holds_does_not_depend_on_how_the_appending_was_cut(kind):
+    check_cuts(kind, "reference")
+
+
+def check_cuts(kind, backend):
     key, value = tokens(200, torch.bfloat16)
     caches = []
     for cuts in ([200], [1] * 30 + [170], [63, 1, 64, 65, 7]):
@@ -172,8 +175,33 @@ def test_int8_keys_and_values_are_within_half_a_step():
     assert ((held_value - value).abs() <= value.abs().amax(-1, keepdim=True) / 127 * 0.5001).all()
 
 
-def test_keys_wait_in_full_precision_until_their_group_is_whole():
-    cache, key, _ = filled([100, 63], torch.bfloat16, quantised=True)
+def test_fp8_keys_and_values_are_within_half_a_step():
+    """Of 3 bits of mantissa, down to 2^-6 of a scale; below that steps are 2^-9 of one."""
+    cache, key, value = filled([256, 256], quantised="fp8")
+    held_key, held_value = gathered(cache.pages, torch.float32)
+    groups = (key.unflatten(2, (4, 64)).abs().amax(3, keepdim=True) / 448).expand(-1, -1, -1, 64, -1).flatten(2, 3)
+    for held, x, scale in ((held_key, key, groups), (held_value, value, value.abs().amax(-1, keepdim=True) / 448)):
+        step = torch.maximum(x.abs() * 2**-3, scale * 2**-9)
+        assert ((held - x).abs() <= step * 0.5001).all()
+        assert ((held - x).abs() > step * 0.1).any()
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_the_largest_magnitude_is_kept_and_zeros_and_the_tiniest_are_zeros(quantised):
+    key, value = tokens(64, batch=1)
+    value[0, 0, 3] = 0.0
+    value[0, 0, 4] = torch.where(torch.arange(64) == 7, 1e-40, 0.0)  # the inverse of its scale is no float32
+    cache = lk.KVCache(1, 2, 64, 64, torch.float32, quantised)
+    cache.append(key, value, backend="reference")
+    held_key, held_value = gathered(cache.pages, torch.float32)
+    assert torch.allclose(held_key.abs().amax(2), key.abs().amax(2))
+    assert torch.allclose(held_value.abs().amax(-1)[:, 1], value.abs().amax(-1)[:, 1])
+    assert (held_value[0, 0, 3:5] == 0).all()
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_keys_wait_in_full_precision_until_their_group_is_whole(quantised):
+    cache, key, _ = filled([100, 63], torch.bfloat16, quantised=quantised)
     held, _ = gathered(cache.pages, torch.bfloat16)
     assert torch.equal(held[0, :, 64:100], key[0, :, 64:100])
     assert torch.equal(held[1, :, :63], key[1, :, :63])
@@ -190,6 +218,34 @@ def test_a_value_that_is_not_finite_is_seen_by_whoever_reads_it():
     assert out[0, :4].isnan().all()
     assert out[0, 4:].isfinite().all()
     assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_an_fp8_cache_shows_what_is_not_finite(bad):
+    key, value = tokens(64)
+    key[1, 1, 20, 9], value[0, 0, 3, 5] = bad, bad
+    cache = lk.KVCache(2, 2, 64, 64, torch.float32, quantised="fp8")
+    cache.append(key, value, backend="reference")
+    assert cache.pages.key_scale[1, 1, 0].isnan().nonzero().flatten().tolist() == [9]
+    assert cache.pages.value_scale.isnan().nonzero().tolist() == [[0, 0, 3]]
+    out = cache.attend(queries(1), PLAIN, backend="reference")
+    assert out[0, :4].isnan().all()
+    assert out[1, 4:].isnan().all()
+    assert out[0, 4:].isfinite().all()
+    assert out[1, :4].isfinite().all()
+
+
+@pytest.mark.skipif("cpu" not in USABLE, reason="the native module is not built")
+def test_the_cpu_kernels_refuse_an_fp8_cache_and_the_reference_takes_it():
+    cache, key, value = filled([70, 70], quantised="fp8")
+    refusal = "expected one that can run {} here: no kernels for caches of torch.float8_e4m3fn$"
+    with pytest.raises(lk.BackendUnavailableError, match=refusal.format("attention_paged")):
+        cache.attend(queries(1), PLAIN, backend="cpu")
+    with pytest.raises(lk.BackendUnavailableError, match=refusal.format("cache_append")):
+        cache.append(key, value, backend="cpu")
+    assert cache.length.tolist() == [70, 70]
+    expected = cache.attend(queries(1), PLAIN, backend="reference")
+    assert torch.equal(cache.attend(queries(1), PLAIN), expected)
 
 
 @every_level
@@ -255,7 +311,7 @@ def test_released_pages_are_used_again():
     assert torch.equal(out[0], lk.attention(queries(1)[:1], key[:1], value[:1], PLAIN)[0])
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantised", FORMATS)
 @pytest.mark.parametrize("page_tokens", [None, 64])
 def test_a_truncated_cache_is_one_that_never_held_more(quantised, page_tokens):
     shape = {"quantised": quantised, "page_tokens": page_tokens}
@@ -323,13 +379,19 @@ def test_an_empty_sequence_gives_zero():
     assert out[0].abs().sum() > 0
 
 
-def test_int8_takes_half_the_memory():
-    plain, quantised = (lk.KVCache(1, 8, 128, 4096, torch.bfloat16, q) for q in (False, True))
-    assert quantised.bytes < 0.56 * plain.bytes
+@pytest.mark.parametrize("quantised", [True, "int8", "fp8"])
+def test_a_quantised_cache_takes_half_the_memory(quantised):
+    plain, small = (lk.KVCache(1, 8, 128, 4096, torch.bfloat16, q) for q in (False, quantised))
+    assert small.bytes < 0.56 * plain.bytes
 
 
-def test_the_ops_are_sound():
-    cache, _, _ = filled([40, 20], quantised=True)
+def test_true_is_int8():
+    assert lk.KVCache(1, 2, 64, 64, quantised=True).pages.key.dtype == torch.int8
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_the_ops_are_sound(quantised):
+    cache, _, _ = filled([40, 20], quantised=quantised)
     pages = cache.pages
     fields = (pages.key, pages.value, pages.block_table, pages.length)
     scales = (pages.key_scale, pages.value_scale, pages.key_tail)
@@ -337,10 +399,14 @@ def test_the_ops_are_sound():
     tables = [rotation.turns, rotation.base_turns, rotation.inv_freq, rotation.start_tokens]
     tables += [rotation.attention_factor, rotation.regime_index]
     numbers = (None, None, 0.125, True, -1, -1, 0.0, False, "")
-    torch.library.opcheck(torch.ops.longrope_kernels.attention_paged, (queries(2), *fields, *scales, *tables, *numbers))
+    read = (queries(2), *fields, *scales, *tables, *numbers)
+    # What looks for writes that the schema does not name multiplies every operand, and torch has no product of fp8.
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    checks += ["test_schema"] * (quantised == "int8")
+    torch.library.opcheck(torch.ops.longrope_kernels.attention_paged, read, test_utils=checks)
     key, value = tokens(3)
     appended = (key, value, *fields, *scales, torch.tensor([3, 1]), "")
-    torch.library.opcheck(torch.ops.longrope_kernels.cache_append, appended)
+    torch.library.opcheck(torch.ops.longrope_kernels.cache_append, appended, test_utils=checks)
 
 
 def bad_pages(**changes):
@@ -377,6 +443,10 @@ def test_an_int8_cache_is_not_read_as_bf16():
         )
     with pytest.raises(TypeError, match=r"key_tail: got torch.bfloat16, expected the dtype of query, torch.float32"):
         cache.attend(queries(1), PLAIN)
+    stored = [x.view(torch.float8_e4m3fn) for x in (cache.pages.key, cache.pages.value)]
+    pages = lk.Pages(*stored, cache.pages.block_table, cache.length)
+    with pytest.raises(ValueError, match="key_scale: got None beside float8_e4m3fn pages"):
+        lk.attention_paged(queries(1, torch.bfloat16), pages, PLAIN)
 
 
 @pytest.mark.parametrize("page_tokens", [None, 64])
@@ -408,6 +478,8 @@ def test_a_pool_without_pages_refuses_and_keeps_those_it_has():
         ({"page_tokens": 32, "quantised": True}, "page_tokens: got 32, expected a multiple of 64"),
         ({"pages": 4}, "pages: got 4, expected None without page_tokens"),
         ({"dtype": torch.int8}, r"dtype: got torch.int8, expected .*quantised=True"),
+        ({"quantised": "fp4"}, r"quantised: got 'fp4', expected 'int8' \(or True\), 'fp8' or False"),
+        ({"quantised": 1}, "quantised: got 1, expected 'int8'"),
         ({"max_tokens": 0}, "max_tokens: got 0, expected an int >= 1"),
         ({"max_tokens": "a"}, "max_tokens: got 'a', expected an int >= 1"),
         ({"batch": 1.5}, "batch: got 1.5, expected an int >= 1"),

@@ -18,7 +18,8 @@ def test_backend_conforms(backend, cpu_level):
         pytest.skip(f"{backend}: {reason}")
     # The reference rests on torch's matrix product, whose bits depend on the shape of the whole batch.
     examples = 60 if cpu_level in (None, LEVELS[0]) else 30
-    testing.conformance(backend=backend, max_examples=examples, bitwise=backend != "reference")
+    caches = [False, *("fp8" if x.is_floating_point else "int8" for x in backends.load(backend).QUANTISED)]
+    testing.conformance(backend=backend, max_examples=examples, bitwise=backend != "reference", caches=caches)
 
 
 def broken(change):

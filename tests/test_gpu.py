@@ -11,7 +11,6 @@ import torch
 
 import longrope_kernels as lk
 from longrope_kernels import testing
-from longrope_kernels.backends.composed import gathered
 
 DRY = os.environ.get("LONGROPE_KERNELS_DRY_RUN") == "1" and os.environ.get("TRITON_INTERPRET") == "1"
 if not DRY and not torch.cuda.is_available():
@@ -45,26 +44,14 @@ def test_conforms():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantised", [False, "int8", "fp8"])
 def test_a_cache_is_read_and_filled_as_the_definition_says(dtype, quantised):
     torch.manual_seed(0)
     key, value = torch.randn(2, 2, 2, 157, 64).to(dtype)
-    caches = [lk.KVCache(2, 2, 64, 192, dtype, quantised, 64, device=device) for device in (DEVICE, "cpu")]
-    for cache, backend in zip(caches, ("triton", "reference"), strict=True):
-        device = cache.length.device
-        cache.append(key.to(device), value.to(device), torch.tensor([157, 90], device=device), backend=backend)
-    for name in ("key", "value", "key_scale", "value_scale", "key_tail"):
-        held, expected = (getattr(cache.pages, name) for cache in caches)
-        if held is not None:
-            assert torch.equal(held.cpu(), expected), name
     for query_tokens in (1, 3, 40):
         query = torch.randn(2, 8, query_tokens, 64).to(dtype)
-        out = caches[0].attend(query.to(DEVICE), SCALING, backend="triton").cpu()
-        held = gathered(caches[1].pages, torch.float64)
-        problem = testing.Problem(query, *(x.to(dtype) for x in held), SCALING, {"key_length": caches[1].length})
-        plain, _ = testing.plain_attention(problem)
-        exact = caches[1].attend(query, SCALING, backend="reference")
-        testing.assert_within_error_rule("out", out, plain, exact, 1e-5)
+        problem = testing.CacheProblem(query, key, value, SCALING, [157, 90], [100, 57], quantised, 64)
+        testing.check_cache(problem, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

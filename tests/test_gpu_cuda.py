@@ -62,6 +62,18 @@ def test_conforms(head_dims, gradients):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantised", [False, "int8", "fp8"])
+def test_a_cache_is_read_and_filled_as_the_definition_says(dtype, quantised):
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 2, 2, 157, 64).to(dtype)
+    scaling = lk.RopeScaling(64, 1e4, [1.0 + i / 8 for i in range(32)], start_tokens=70, attention_factor=1.1)
+    for query_tokens in (1, 40):
+        query = torch.randn(2, 8, query_tokens, 64).to(dtype)
+        problem = testing.CacheProblem(query, key, value, scaling, [157, 90], [100, 57], quantised, 64)
+        testing.check_cache(problem, "cuda", DEVICE)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_long_sequences_keep_to_the_error_of_the_plain_computation(head_dim):
     torch.manual_seed(0)

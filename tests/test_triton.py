@@ -91,15 +91,16 @@ def test_configurations_are_tiles_that_kernels_take(target, itemsize, width):
     chosen = [configs.forward_split(target, width, itemsize, rows) for rows in (1, 17, 64)]
     flagged = (configs.forward, configs.backward_query, configs.backward_key)
     chosen += [function(target, width, itemsize, flag) for function in flagged for flag in (False, True)]
-    chosen += [configs.decode(target, width, itemsize, int8) for int8 in (False, True)]
+    chosen += [configs.decode(target, width, itemsize, quantised) for quantised in ("", "int8", "fp8")]
     for config in chosen:
         for tile in (config.rows, config.keys):
             assert tile >= 16
             assert tile & (tile - 1) == 0
         assert configs.SPLIT_KEYS % config.keys == 0
         assert config.warps in (4, 8)
-    # A block of keys of an int8 cache lies in one group.
-    for config in (*chosen[:3], configs.forward(target, width, itemsize, plain=False, int8=True), chosen[-1]):
+    # A block of keys of a quantised cache lies in one group.
+    chosen += [configs.forward(target, width, itemsize, False, quantised) for quantised in ("int8", "fp8")]
+    for config in (*chosen[:3], *chosen[-4:]):
         assert KEY_GROUP % config.keys == 0
 
 

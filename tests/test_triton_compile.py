@@ -73,6 +73,14 @@ def test_keys_through_descriptors_come_by_bulk_copies_and_nothing_spills(target,
     assert not re.search(bulk, report_gpu.compile_launch(plain, target).asm["ptx"])
 
 
+@pytest.mark.parametrize(("target", "converts"), [("sm_80", False), ("sm_89", True), ("sm_90", True)])
+def test_fp8_is_read_by_conversions_of_chips_that_have_them(target, converts):
+    launch = report_gpu.launches(report_gpu.Case(target, "fp8", head_dim=64))[0]
+    ptx = report_gpu.compile_launch(launch, target).asm["ptx"]
+    assert bool(re.search(r"cvt\.rn\.f16x2\.e4m3x2", ptx)) == converts
+    assert converts or "e4m3" not in ptx
+
+
 @pytest.mark.parametrize("op", report_gpu.OPS)
 def test_a_launch_has_the_arguments_of_its_kernel_and_no_other(op):
     """What Triton's launcher does on a GPU: it refuses a name that is neither a parameter nor an option."""

@@ -61,7 +61,8 @@ def meta_pages(quantised, page_tokens=256, count=8, batch=2, dtype=torch.bfloat1
     shape = (count, 2, page_tokens, 64)
     table = torch.empty(batch, count // batch, dtype=torch.int32, **meta)
     length = torch.empty(batch, dtype=torch.int64, **meta)
-    pages = torch.empty(shape, dtype=torch.int8 if quantised else dtype, **meta)
+    stored = {False: dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[quantised]
+    pages = torch.empty(shape, dtype=stored, **meta)
     if not quantised:
         return Pages(pages, pages, table, length)
     scales = torch.empty(count, 2, page_tokens // 64, 64, **meta), torch.empty(count, 2, page_tokens, **meta)
@@ -69,7 +70,7 @@ def meta_pages(quantised, page_tokens=256, count=8, batch=2, dtype=torch.bfloat1
 
 
 @pytest.mark.parametrize("scaling", [None, PLAIN, LADDER], ids=["none", "one regime", "ladder"])
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantised", [False, "int8", "fp8"])
 @pytest.mark.parametrize(("tokens", "kernel"), [(1, "decode_kernel"), (4, "forward_kernel"), (100, "forward_kernel")])
 def test_a_step_over_a_cache_stays_on_the_device(launched, scaling, quantised, tokens, kernel):
     pages = meta_pages(quantised)
@@ -109,7 +110,7 @@ def test_the_mode_refuses_what_a_capture_refuses():
         length.to("meta")
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantised", [False, "int8", "fp8"])
 def test_a_decoding_step_is_one_graph_of_torch(quantised):
     """Traced with fake tensors of a GPU: no break, and the ops as they are in the graph."""
     pages = meta_pages(quantised)

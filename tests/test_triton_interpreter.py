@@ -15,6 +15,11 @@ from longrope_kernels.backends.composed import gathered
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
+from longrope_kernels.backends.triton import pages
+
 DTYPES = [torch.float32, torch.float16]
 
 
@@ -35,12 +40,14 @@ def scaling(head_dim=64, **changes):
 
 
 def test_conforms():
-    testing.conformance(backend="triton", dtypes=DTYPES, head_dims=[32, 64], max_tokens=80, max_examples=6)
+    options = {"head_dims": [32, 64], "max_tokens": 80, "max_examples": 6}
+    testing.conformance(backend="triton", dtypes=DTYPES, caches=[False, "int8", "fp8"], **options)
 
 
 @pytest.mark.slow
 def test_conforms_thoroughly():
-    testing.conformance(backend="triton", dtypes=DTYPES, max_tokens=300, max_examples=80)
+    caches = [False, "int8", "fp8"]
+    testing.conformance(backend="triton", dtypes=DTYPES, max_tokens=300, max_examples=80, caches=caches)
 
 
 @pytest.mark.parametrize("head_dim", [16, 40, 80, 96, 128, 256])
@@ -319,7 +326,7 @@ def test_packed_explicit_positions_and_the_gradient_of_the_factors():
     assert torch.allclose(actual, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
-KINDS = [(False, None), (False, 7), (True, None), (True, 64)]
+KINDS = [(False, None), (False, 7), (True, None), (True, 64), ("fp8", None), ("fp8", 64)]
 
 
 def cached(dtype, quantised, page_tokens, backend="triton", cuts=(90, 1, 64, 2), lengths=(157, 100), head_dim=32):
@@ -342,7 +349,7 @@ def test_a_cache_holds_what_the_definition_holds_however_appending_was_cut(kind,
     for name in ("key", "value", "key_scale", "value_scale", "key_tail"):
         fields = [getattr(pages, name) for pages in caches]
         if fields[0] is not None:
-            assert torch.equal(*fields), name
+            assert testing.same_bits(*fields), name
     at_once = cached(dtype, *kind, cuts=(157,))[0].pages  # its pages lie elsewhere
     for held, expected in zip(gathered(at_once, torch.float32), gathered(caches[0], torch.float32), strict=True):
         assert torch.equal(held, expected)
@@ -367,24 +374,65 @@ def test_reading_a_cache(kind, query_tokens, query_heads):
 
 
 @pytest.mark.parametrize("rotary_dim", [0, 12])
-def test_reading_an_int8_cache_with_dims_that_do_not_rotate(rotary_dim):
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_reading_a_quantised_cache_with_dims_that_do_not_rotate(rotary_dim, quantised):
     s = lk.RopeScaling(40, 1e4, [2.0] * (rotary_dim // 2), rotary_dim=rotary_dim) if rotary_dim else None
-    cache, _, _ = cached(torch.float16, True, 64, head_dim=40)
+    cache, _, _ = cached(torch.float16, quantised, 64, head_dim=40)
     for query_tokens in (1, 20):
         query = torch.randn(2, 4, query_tokens, 40).half()
         out, exact = both(lambda backend, query=query: cache.attend(query, s, backend=backend))
         assert (out - exact).abs().max() < 4e-3
 
 
-def test_an_int8_value_that_is_not_finite_is_seen_by_whoever_reads_it():
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_a_quantised_value_that_is_not_finite_is_seen_by_whoever_reads_it(quantised):
     key, value = torch.randn(2, 2, 2, 64, 32)
     value[0, 0, 3, 5] = torch.inf
-    cache = lk.KVCache(2, 2, 32, 64, torch.float32, quantised=True)
+    cache = lk.KVCache(2, 2, 32, 64, torch.float32, quantised)
     cache.append(key, value, backend="triton")
     out = cache.attend(torch.randn(2, 4, 1, 32), scaling(32), backend="triton")
     assert out[0, :2].isnan().all()
     assert out[0, 2:].isfinite().all()
     assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("queries", [1, 3, 90])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_make_their_rows_not_a_number(queries, bad):
+    query, key, value = operands(1, 4, 2, queries, 100, 32)
+    clean, clean_lse = lk.attention(query, key, value, scaling(32), return_lse=True, backend="triton")
+    query[0, 1, 0] = bad
+    out, lse = lk.attention(query, key, value, scaling(32), return_lse=True, backend="triton")
+    hit = torch.zeros(1, 4, queries, dtype=torch.bool)
+    hit[0, 1, 0] = True
+    assert out[hit].isnan().all()
+    assert lse[hit].isnan().all()
+    assert torch.equal(out[~hit], clean[~hit])
+    assert torch.equal(lse[~hit], clean_lse[~hit])
+
+
+@triton.jit
+def fp8_kernel(codes, values, wide, bits, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(wide + at, pages.widened(tl.load(codes + at)))
+    tl.store(bits + at, pages.fp8_bits(tl.load(values + at)))
+
+
+def test_fp8_without_a_type_of_the_target_is_that_of_torch():
+    """Every code, and on the way back every code, every middle between two, and their neighbours in fp32."""
+    codes = torch.arange(256).to(torch.uint8)
+    exact = codes.view(torch.float8_e4m3fn).float()
+    largest = exact[exact.isfinite()].sort().values
+    middles = torch.cat((exact, (largest[1:] + largest[:-1]) / 2, torch.tensor([1e-30, 1e-44, 500.0, 3e38, torch.inf])))
+    values = torch.cat([x for y in (middles, -middles) for x in (y, y.nextafter(y + 1), y.nextafter(y - 1))])
+    values = torch.cat((values, torch.zeros(-len(values) % 256)))
+    codes = codes.repeat(len(values) // 256)
+    wide, bits = torch.empty_like(values), torch.empty_like(codes)
+    fp8_kernel[(len(values) // 256,)](codes, values, wide, bits, 256)
+    assert torch.equal(wide[:256].isnan(), exact.isnan())
+    assert torch.equal(wide[:256].nan_to_num(), exact.nan_to_num())
+    expected = values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(bits, torch.where(values.isnan(), 127, expected))
 
 
 def test_an_empty_cache_gives_zero():
@@ -396,9 +444,10 @@ def test_an_empty_cache_gives_zero():
     assert out[0].abs().sum() > 0
 
 
-def test_a_step_over_a_cache_and_packed_batches_compile_into_one_graph():
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_a_step_over_a_cache_and_packed_batches_compile_into_one_graph(quantised):
     s = scaling(32)
-    caches = [cached(torch.float32, True, 64)[0] for _ in range(2)]
+    caches = [cached(torch.float32, quantised, 64)[0] for _ in range(2)]
     key, value = torch.randn(2, 2, 2, 1, 32)
     query = torch.randn(2, 4, 1, 32)
     operands, bounds = packed([20, 30], [20, 30])

@@ -54,7 +54,8 @@ inline RopeParams rope_params(const py::tuple& query, const py::tuple& key, cons
             threads};
 }
 
-// (block_table address, pages per sequence, page_tokens, key_scale address, value_scale address, key_tail), or empty.
+// (block_table address, pages per sequence, page_tokens, key_scale address, value_scale address, key_tail, Stored), or
+// empty.
 inline Pages pages(const py::tuple& t) {
     if (t.empty()) return {};
     return {pointer<const int32_t>(t[0].cast<uintptr_t>()),
@@ -62,7 +63,8 @@ inline Pages pages(const py::tuple& t) {
             t[2].cast<int64_t>(),
             pointer<const float>(t[3].cast<uintptr_t>()),
             pointer<const float>(t[4].cast<uintptr_t>()),
-            operand(t[5].cast<py::tuple>())};
+            operand(t[5].cast<py::tuple>()),
+            static_cast<Stored>(t[6].cast<int>())};
 }
 
 // (query, key, value, out, (lse, batch stride, head stride), tables, pages, (query_positions, batch stride),

@@ -167,6 +167,8 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
             Machine::get().global.declare(std::move(declared));
         },
         "memory that kernels may touch from now on: (address, bytes, writable, name)");
+    m.def("widen_fp8", [](uint32_t code) { return unpack<Half>(widen_fp8(code)).x; });
+    m.def("narrow_fp8", [](float x) { return narrow_fp8(x, 0.0f) & 0xffu; });
     m.def("seed", [](uint64_t seed) { Machine::get().seed(seed); });
     m.def("take_counters", [] {
         const emulator::Counters c = Machine::get().take_counters();

@@ -46,16 +46,20 @@ struct RopeParams {
 // Keys that share one scale per channel in a quantised cache, by index in the sequence.
 constexpr int kKeyGroup = 64;
 
+// What the pages of a cache hold: the dtype of the query, int8, or fp8 (core/fp8.h).
+enum class Stored : int32_t { kAsGiven = 0, kInt8 = 1, kFp8 = 2 };
+
 // A cache in pages: key `index` of sequence b lies in page block_table[b][index / page_tokens], and the page takes the
 // batch's place in the strides of key and value.
 struct Pages {
     const int32_t* block_table;  // [batch, pages_per_sequence] contiguous; null: no pages
     int64_t pages_per_sequence, page_tokens;
-    // An int8 cache; null: keys and values are in the dtype of the query. Whole groups of keys are quantised, those of
-    // the last one wait in key_tail until it is whole.
+    // A quantised cache; null: keys and values are in the dtype of the query. Whole groups of keys are quantised, those
+    // of the last one wait in key_tail until it is whole.
     const float* key_scale;    // [pages, key_heads, page_tokens / kKeyGroup, head_dim] contiguous
     const float* value_scale;  // [pages, key_heads, page_tokens] contiguous
     Operand key_tail;          // [batch, key_heads, kKeyGroup, head_dim]
+    Stored stored;
 };
 
 struct AttentionParams {

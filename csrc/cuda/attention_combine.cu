@@ -70,7 +70,7 @@ attention_combine_kernel(const CombineLaunch launch) {
         keep[w] = exp2_fast(load_shared<float>(place_of(w, kMaxHeadDim)) - shift);
         sum += keep[w] * load_shared<float>(place_of(w, kMaxHeadDim + 1));
     }
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
     T* to = s.query_row<T>(p.out, map.head(row), map.token(row));
     for (int d = thread_index(); d < head_dim; d += kThreads) {
         float x = 0.0f;
@@ -79,7 +79,7 @@ attention_combine_kernel(const CombineLaunch launch) {
         store_global(to + d, narrow<T>(x * inverse));
     }
     if (thread_index() == 0)
-        store_global(s.lse(p, map.head(row), map.token(row)), sum > 0.0f ? (most + log2f(sum)) * kLn2 : -infinity());
+        store_global(s.lse(p, map.head(row), map.token(row)), sum != 0.0f ? (most + log2f(sum)) * kLn2 : -infinity());
 }
 
 template <class T>

@@ -1,7 +1,7 @@
 // Appending to a cache of unrotated keys.
 //
-// A plain cache takes keys and values as they are: a thread moves 16 bytes of each. A quantised one takes values as
-// int8 with one scale a token (a warp each), and keys as int8 with one scale a channel for every whole group of 64 (a
+// A plain cache takes keys and values as they are: a thread moves 16 bytes of each. A quantised one takes, as int8 or
+// fp8, values with one scale a token (a warp each), and keys with one scale a channel for every whole group of 64 (a
 // block each, a thread a channel); keys of the group that is not whole wait in the tail as they came. Groups that this
 // append completes are read from the tail before the next launch writes over it.
 //
@@ -22,7 +22,9 @@ struct AppendLaunch {
     int64_t tokens;
 };
 
-// The scale that maps the largest magnitude to 127; NaN where a value is not finite, so that reading shows it.
+// The scale that maps the largest magnitude to that of the format; NaN where a value is not finite, so that reading
+// shows it.
+template <class Q>
 struct Scale {
     float largest = 0.0f, poison = 0.0f;
 
@@ -30,17 +32,23 @@ struct Scale {
         largest = fmaxf(largest, fabsf(x));
         poison += x * 0.0f;
     }
-    LONGROPE_DEVICE float value() const { return largest / 127.0f + poison; }
+    LONGROPE_DEVICE float value() const { return largest / Quantised<Q>::kLargest + poison; }
 };
 
+// Where it is no number, values are too small to tell apart: they become 0.
 LONGROPE_DEVICE float inverse_of(float scale) {
-    return scale > 0.0f ? 1.0f / scale : 0.0f;
+    const float inverse = 1.0f / scale;
+    return scale > 0.0f && inverse < INFINITY ? inverse : 0.0f;
 }
 
 // To nearest even; what is not a number becomes 0.
-LONGROPE_DEVICE int8_t quantise(float x, float inverse) {
-    const float scaled = rintf(x * inverse);
-    return scaled == scaled ? static_cast<int8_t>(fminf(fmaxf(scaled, -127.0f), 127.0f)) : int8_t{0};
+template <class Q>
+LONGROPE_DEVICE Q quantise(float x, float inverse) {
+    const float scaled = x * inverse == x * inverse ? x * inverse : 0.0f;
+    if constexpr (std::is_same_v<Q, Fp8>)
+        return Fp8{static_cast<uint8_t>(narrow_fp8(scaled, 0.0f))};
+    else
+        return static_cast<int8_t>(fminf(fmaxf(rintf(scaled), -127.0f), 127.0f));
 }
 
 template <class T>
@@ -61,7 +69,7 @@ append_plain_kernel(const AppendLaunch launch) {
     move(p.value, p.value_pages);
 }
 
-template <class T>
+template <class T, class Q>
 LONGROPE_KERNEL(kThreads)
 quantise_values_kernel(const AppendLaunch launch) {
     const AppendParams& p = launch.params;
@@ -70,7 +78,7 @@ quantise_values_kernel(const AppendLaunch launch) {
     if (b >= p.batch || t >= load_global(p.count + b)) return;
     const GlobalRow<T> from{row_of<T>(p.value, b, head, t)};
     const int head_dim = static_cast<int>(p.head_dim);
-    Scale measured;
+    Scale<Q> measured;
     for (int d = lane_index(); d < head_dim; d += 32) measured.add(from.load1(d));
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) {
@@ -79,12 +87,12 @@ quantise_values_kernel(const AppendLaunch launch) {
     }
     const float scale = measured.value(), inverse = inverse_of(scale);
     const Slot to = slot_of(p.pages, b, load_global(p.length + b) + t);
-    int8_t* row = row_of<int8_t>(p.value_pages, to.outer, head, to.token);
-    for (int d = lane_index(); d < head_dim; d += 32) store_global(row + d, quantise(from.load1(d), inverse));
+    Q* row = row_of<Q>(p.value_pages, to.outer, head, to.token);
+    for (int d = lane_index(); d < head_dim; d += 32) store_global(row + d, quantise<Q>(from.load1(d), inverse));
     if (lane_index() == 0) store_global(const_cast<float*>(value_scale(p, to, head)), scale);
 }
 
-template <class T>
+template <class T, class Q>
 LONGROPE_KERNEL(kThreads)
 quantise_groups_kernel(const AppendLaunch launch) {
     const AppendParams& p = launch.params;
@@ -101,13 +109,12 @@ quantise_groups_kernel(const AppendLaunch launch) {
                                         : row_of<T>(p.key, b, head, first + k - length);
             return GlobalRow<T>{row}.load1(d);
         };
-        Scale measured;
+        Scale<Q> measured;
         for (int k = 0; k < kKeyGroup; ++k) measured.add(key(k));
         const float scale = measured.value(), inverse = inverse_of(scale);
         store_global(scales + d, scale);
         for (int k = 0; k < kKeyGroup; ++k)
-            store_global(row_of<int8_t>(p.key_pages, group.outer, head, group.token + k) + d,
-                         quantise(key(k), inverse));
+            store_global(row_of<Q>(p.key_pages, group.outer, head, group.token + k) + d, quantise<Q>(key(k), inverse));
     }
 }
 
@@ -137,8 +144,15 @@ void run(const AppendParams& p, int64_t tokens, Stream stream) {
         return launch(append_plain_kernel<T>, (moves + kThreads - 1) / kThreads, kThreads, 0, arguments, stream);
     }
     if (tokens == 0) return;
-    launch(quantise_values_kernel<T>, (heads * tokens + kWarps - 1) / kWarps, kThreads, 0, arguments, stream);
-    launch(quantise_groups_kernel<T>, heads * (tokens / kKeyGroup + 1), kThreads, 0, arguments, stream);
+    const auto quantise_to = [&](auto q) {
+        using Q = decltype(q);
+        launch(quantise_values_kernel<T, Q>, (heads * tokens + kWarps - 1) / kWarps, kThreads, 0, arguments, stream);
+        launch(quantise_groups_kernel<T, Q>, heads * (tokens / kKeyGroup + 1), kThreads, 0, arguments, stream);
+    };
+    if (p.pages.stored == Stored::kFp8)
+        quantise_to(Fp8{});
+    else
+        quantise_to(int8_t{});
     launch(append_tail_kernel<T>, heads, kThreads, 0, arguments, stream);
 }
 

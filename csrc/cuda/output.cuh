@@ -18,7 +18,7 @@ LONGROPE_DEVICE void store_16_rows(const AttentionParams& p, const Sequence& s, 
     for (int r = 0; r < 2; ++r) {
         const int of_tile = tile_row + 8 * r + lane_index() / 4;
         const float sum = quad_sum(total[r]);
-        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+        const float inverse = sum != 0.0f ? 1.0f / sum : 0.0f;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
             store_shared(tile.element(of_tile, 8 * n + lane_index() % 4 * 2),
@@ -26,7 +26,7 @@ LONGROPE_DEVICE void store_16_rows(const AttentionParams& p, const Sequence& s, 
         const int64_t row = first_row + of_tile;
         if (of_tile < count && lane_index() % 4 == 0)
             store_global(s.lse(p, map.head(row), map.token(row)),
-                         sum > 0.0f ? (top[r] + log2f(sum)) * kLn2 : -infinity());
+                         sum != 0.0f ? (top[r] + log2f(sum)) * kLn2 : -infinity());
     }
     warp_sync();
     const int chunks = static_cast<int>(p.head_dim) / kChunk;

@@ -42,13 +42,15 @@ prepare_keys_kernel(const PrepareLaunch launch) {
         const GlobalRow<T> to{row_of<T>(launch.scratch.key, s.b, head, s.key_start + index)};
         if (!quantised(p))
             rotate_unit(regime, unit, angles, GlobalRow<T>{row_of<T>(p.key, slot.outer, head, slot.token)}, to);
-        else if (index < quantised_keys(s))
-            rotate_unit(regime, unit, angles,
-                        QuantisedRow{row_of<int8_t>(p.key, slot.outer, head, slot.token), key_scale(p, slot, head)},
-                        to);
-        else
+        else if (index >= quantised_keys(s))
             rotate_unit(regime, unit, angles, GlobalRow<T>{row_of<T>(p.pages.key_tail, s.b, head, index % kKeyGroup)},
                         to);
+        else
+            with_format(p.pages, [&](auto q) {
+                using Q = decltype(q);
+                const QuantisedRow<Q> from{row_of<Q>(p.key, slot.outer, head, slot.token), key_scale(p, slot, head)};
+                rotate_unit(regime, unit, angles, from, to);
+            });
     }
 }
 
@@ -94,8 +96,9 @@ gather_values_kernel(const PrepareLaunch launch) {
             to.store8(chunk, GlobalRow<T>{row_of<T>(p.value, slot.outer, head, slot.token)}.load8(chunk));
             continue;
         }
-        Float8 x = unpack8(load_global(
-            reinterpret_cast<const Vec8*>(row_of<int8_t>(p.value, slot.outer, head, slot.token) + 8 * chunk)));
+        const Vec8 bytes = load_global(
+            reinterpret_cast<const Vec8*>(row_of<int8_t>(p.value, slot.outer, head, slot.token) + 8 * chunk));
+        Float8 x = with_format(p.pages, [&](auto q) { return Quantised<decltype(q)>::unpack8(bytes); });
         const float scale = load_global(value_scale(p, slot, head));
 #pragma unroll
         for (int i = 0; i < 8; ++i) x.at[i] *= scale;

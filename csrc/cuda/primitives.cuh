@@ -22,6 +22,8 @@
 //   exp2_fast                    ex2.approx.ftz, 2 ulp
 //   pack<T> unpack<T>            two T in a word
 //   widen narrow                 between fp32 and T, to nearest even
+//   widen_fp8 narrow_fp8         the two fp8 of a low half as two Half, exact; two fp32 as two fp8, to nearest even, at
+//                                most 448 in magnitude; NaN stays NaN
 //
 // Hopper (sm_90a) besides:
 //   mbarrier_init                arrivals that end a phase

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../core/fp8.h"
 #include "primitives.cuh"
 
 #define LONGROPE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
@@ -184,6 +185,25 @@ LONGROPE_DEVICE float narrow<float>(float x) {
 template <class T>
 LONGROPE_DEVICE Float2 unpack(uint32_t both) {
     return {widen(T{static_cast<uint16_t>(both & 0xffffu)}), widen(T{static_cast<uint16_t>(both >> 16)})};
+}
+
+LONGROPE_DEVICE uint32_t widen_fp8(uint32_t both) {
+    uint32_t halves;
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(both)));
+#else
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(fp8_as_halves(both)), "r"(0x5c005c00u));  // 2^8
+#endif
+    return halves;
+}
+LONGROPE_DEVICE uint32_t narrow_fp8(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    uint16_t both;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+    return both;
+#else
+    return fp8_of(low) | fp8_of(high) << 8;
+#endif
 }
 
 inline void check(cudaError_t status, const char* what) {

@@ -1,6 +1,8 @@
 // Rows of head_dim elements wherever they lie, read and written as fp32: whole chunks of 8, or one element.
 #pragma once
 
+#include <type_traits>
+
 #include "primitives.cuh"
 
 namespace longrope {
@@ -29,12 +31,47 @@ LONGROPE_DEVICE Vec16 pack8(const Float8& x) {
     return v;
 }
 
-LONGROPE_DEVICE Float8 unpack8(const Vec8& v) {
-    Float8 x;
+// What a quantised cache holds, int8_t or Fp8: its largest magnitude, a byte's value, and eight of them.
+template <class Q>
+struct Quantised;
+
+template <>
+struct Quantised<int8_t> {
+    static constexpr float kLargest = 127.0f;
+
+    static LONGROPE_DEVICE float value(uint32_t byte) { return static_cast<int8_t>(byte); }
+    static LONGROPE_DEVICE Float8 unpack8(const Vec8& v) {
+        Float8 x;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x.at[i] = static_cast<int8_t>(v.word[i / 4] >> (8 * (i % 4)));
-    return x;
-}
+        for (int i = 0; i < 8; ++i) x.at[i] = value(v.word[i / 4] >> (8 * (i % 4)));
+        return x;
+    }
+    // Of T, exact.
+    template <class T>
+    static LONGROPE_DEVICE Vec16 widen8(const Vec8& v) {
+        return pack8<T>(unpack8(v));
+    }
+};
+
+template <>
+struct Quantised<Fp8> {
+    static constexpr float kLargest = 448.0f;
+
+    static LONGROPE_DEVICE float value(uint32_t byte) { return unpack<Half>(widen_fp8(byte & 0xffu)).x; }
+    static LONGROPE_DEVICE Float8 unpack8(const Vec8& v) { return longrope::unpack8<Half>(halves(v)); }
+    template <class T>
+    static LONGROPE_DEVICE Vec16 widen8(const Vec8& v) {
+        if constexpr (std::is_same_v<T, Half>)
+            return halves(v);
+        else
+            return pack8<T>(unpack8(v));
+    }
+
+  private:
+    static LONGROPE_DEVICE Vec16 halves(const Vec8& v) {
+        return {{widen_fp8(v.word[0]), widen_fp8(v.word[0] >> 16), widen_fp8(v.word[1]), widen_fp8(v.word[1] >> 16)}};
+    }
+};
 
 // In global memory, of T.
 template <class T>
@@ -52,18 +89,22 @@ struct GlobalRow {
     LONGROPE_DEVICE void store1(int dim, float x) const { store_global(row + dim, narrow<T>(x)); }
 };
 
-// In global memory, int8 with a scale per channel.
+// In global memory, int8_t or Fp8 with a scale per channel.
+template <class Q>
 struct QuantisedRow {
-    const int8_t* row;
+    const Q* row;
     const float* scale;
 
     LONGROPE_DEVICE Float8 load8(int chunk) const {
-        Float8 x = unpack8(load_global(reinterpret_cast<const Vec8*>(row + chunk * 8)));
+        Float8 x = Quantised<Q>::unpack8(load_global(reinterpret_cast<const Vec8*>(row + chunk * 8)));
 #pragma unroll
         for (int i = 0; i < 8; ++i) x.at[i] *= load_global(scale + chunk * 8 + i);
         return x;
     }
-    LONGROPE_DEVICE float load1(int dim) const { return load_global(row + dim) * load_global(scale + dim); }
+    LONGROPE_DEVICE float load1(int dim) const {
+        const uint8_t byte = load_global(reinterpret_cast<const uint8_t*>(row + dim));
+        return Quantised<Q>::value(byte) * load_global(scale + dim);
+    }
 };
 
 // Row `row` of a Tile in shared memory, of T.
@@ -91,19 +132,20 @@ struct SharedFloatRow {
     LONGROPE_DEVICE float load1(int dim) const { return load_shared<float>(row + 4 * dim); }
 };
 
-// In shared memory, int8 as it came from a cache, with a scale per channel there too.
+// In shared memory, int8_t or Fp8 as it came from a cache, with a scale per channel there too.
+template <class Q>
 struct SharedQuantisedRow {
     SharedAddress row, scale;
 
     LONGROPE_DEVICE Float8 load8(int chunk) const {
-        Float8 x = unpack8(load_shared<Vec8>(row + chunk * 8));
+        Float8 x = Quantised<Q>::unpack8(load_shared<Vec8>(row + chunk * 8));
 #pragma unroll
         for (int i = 0; i < 8; ++i) x.at[i] *= load_shared<float>(scale + 4 * (chunk * 8 + i));
         return x;
     }
     LONGROPE_DEVICE float load1(int dim) const {
         const uint32_t pair = load_shared<uint16_t>(row + dim / 2 * 2);
-        return static_cast<int8_t>(pair >> (8 * (dim % 2))) * load_shared<float>(scale + 4 * dim);
+        return Quantised<Q>::value(pair >> (8 * (dim % 2))) * load_shared<float>(scale + 4 * dim);
     }
 };
 

@@ -73,6 +73,12 @@ LONGROPE_DEVICE bool quantised(const AttentionParams& p) {
     return p.pages.key_scale != nullptr;
 }
 
+// Calls `function` with an int8_t or an Fp8, whichever the pages of a quantised cache hold: its type is what counts.
+template <class F>
+LONGROPE_DEVICE auto with_format(const Pages& pages, const F& function) {
+    return pages.stored == Stored::kFp8 ? function(Fp8{}) : function(int8_t{});
+}
+
 // Keys of a sequence that are quantised; those of the last group that is not whole wait in the tail.
 LONGROPE_DEVICE int64_t quantised_keys(const Sequence& s) {
     return s.key_length / kKeyGroup * kKeyGroup;

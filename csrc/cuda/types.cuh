@@ -12,6 +12,10 @@ struct BFloat16Bits {
     uint16_t bits;
 };
 
+struct Fp8 {
+    uint8_t bits;  // e4m3, core/fp8.h
+};
+
 using SharedAddress = uint32_t;  // bytes from the start of the block's shared memory
 
 struct alignas(16) Vec16 {

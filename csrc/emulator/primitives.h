@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../core/fp8.h"
 #include "../cuda/primitives.cuh"
 #include "convert.h"
 #include "machine.h"
@@ -225,6 +226,14 @@ T narrow(float x) {
 template <>
 inline float narrow<float>(float x) {
     return x;
+}
+
+inline uint32_t widen_fp8(uint32_t both) {
+    const Float2 parts = emulator::unpack<Half>(fp8_as_halves(both));
+    return pack<Half>(parts.x * 256.0f, parts.y * 256.0f);
+}
+inline uint32_t narrow_fp8(float low, float high) {
+    return fp8_of(low) | fp8_of(high) << 8;
 }
 
 template <class Kernel, class Params>

@@ -1,7 +1,8 @@
 """The backends and the pure function that picks one.
 
-A backend is a module with `NAME`, `unavailable_reason`, `supports`, `apply_rope`, `attention` and
-`attention_backward`; CONTRIBUTING tells how to add one. `LONGROPE_KERNELS_DEBUG=1` prints each choice once.
+A backend is a module with `NAME`, `QUANTISED` (the dtypes of quantised caches that it reads and writes),
+`unavailable_reason`, `supports`, `apply_rope`, `attention` and `attention_backward`; CONTRIBUTING tells how to add one.
+`LONGROPE_KERNELS_DEBUG=1` prints each choice once.
 """
 
 from __future__ import annotations
@@ -38,27 +39,28 @@ def unavailable_reason(name: str) -> str | None:
     return load(name).unavailable_reason()
 
 
-def pick(op: str, query: Tensor, backend: str | None) -> ModuleType:
+def pick(op: str, query: Tensor, backend: str | None, stored: torch.dtype | None = None) -> ModuleType:
     """Return the backend that runs `op` on `query`.
 
     Args:
         op: the name of an op, which is that of the backend's function.
         query: the tensor whose device, dtype and head_dim decide.
         backend: a name to force, or None (or "") for the first that can.
+        stored: dtype of the pages, where the op is one of a cache.
 
     Raises:
         BackendUnavailableError: the forced backend cannot run here, or not this problem.
     """
     if backend:
         module = load(backend)
-        reason = _refusal(module, op, query)
+        reason = _refusal(module, op, query, stored)
         if reason:
             refuse("backend", repr(backend), f"one that can run {op} here: {reason}", BackendUnavailableError)
         return module
     reasons: list[str] = []
     for name in preference(op, query):
         module = load(name)
-        reason = _refusal(module, op, query)
+        reason = _refusal(module, op, query, stored)
         if reason is None:
             if name == "reference":
                 _warn_slow("; ".join(reasons) or f"no kernels for {query.device.type} tensors")
@@ -79,11 +81,14 @@ def preference(op: str, query: Tensor) -> tuple[str, ...]:
     return (first, *(name for name in names if name != first))
 
 
-def _refusal(module: ModuleType, op: str, query: Tensor) -> str | None:
+def _refusal(module: ModuleType, op: str, query: Tensor, stored: torch.dtype | None) -> str | None:
     reason = module.unavailable_reason()
     if reason is None and not hasattr(module, op):
         reason = f"it has no {op}"
-    return reason or module.supports(op, query)
+    reason = reason or module.supports(op, query)
+    if reason is None and stored not in (None, query.dtype, *module.QUANTISED):
+        reason = f"no kernels for caches of {stored}"
+    return reason
 
 
 @functools.cache

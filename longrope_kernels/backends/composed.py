@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..bundles import KEY_GROUP, Geometry, Packing, Pages, Rotation, lse_dtype
+from ..bundles import KEY_GROUP, LARGEST, Geometry, Packing, Pages, Rotation, lse_dtype
 
 Attention = Callable[[Tensor, Tensor, Tensor, Rotation, Geometry], tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -133,19 +133,23 @@ def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> Non
                 continue
             assert pages.value_scale is not None
             assert pages.key_tail is not None
-            pages.value[page, :, slot], scale = _quantised(value[b, :, t].float(), dim=-1)
+            pages.value[page, :, slot], scale = _quantised(value[b, :, t].float(), -1, pages.value.dtype)
             pages.value_scale[page, :, slot] = scale[..., 0]
             pages.key_tail[b, :, index % KEY_GROUP] = key[b, :, t]
             if index % KEY_GROUP == KEY_GROUP - 1:
                 first = slot - KEY_GROUP + 1
-                rounded, scale = _quantised(pages.key_tail[b].float(), dim=1)
+                rounded, scale = _quantised(pages.key_tail[b].float(), 1, pages.key.dtype)
                 pages.key[page, :, first : slot + 1] = rounded
                 pages.key_scale[page, :, first // KEY_GROUP] = scale[:, 0]
 
 
-def _quantised(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return int8 and the scale along `dim` that maps the largest magnitude to 127; NaN where not finite."""
-    scale = x.abs().amax(dim, keepdim=True) / 127
+def _quantised(x: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return x in a format of `LARGEST` and the scale along `dim`: NaN where x is not finite, beside zeros.
+
+    Both formats round to the nearest, halves to even. Where the inverse of a scale is no number, all are 0.
+    """
+    largest = LARGEST[dtype]
+    scale = x.abs().amax(dim, keepdim=True) / largest
     scale = torch.where(scale.isfinite(), scale, torch.nan)
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    return (x * inverse).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8), scale
+    scaled = (x * (1 / scale).nan_to_num(0.0, posinf=0.0)).nan_to_num(0.0).clamp(-largest, largest)
+    return (scaled if dtype.is_floating_point else scaled.round()).to(dtype), scale

@@ -19,6 +19,7 @@ from ..bundles import Geometry, Packing, Pages, Rotation
 from . import native
 
 NAME = "cpu"
+QUANTISED = (torch.int8,)
 _TO_BUILD = "install g++, then install this package again with LONGROPE_KERNELS_BUILD=1, which says what fails"
 _CPU = torch.device("cpu")  # named, as the default device may be another
 _native: ModuleType | None = None

@@ -19,6 +19,7 @@ from ..bundles import Geometry, Packing, Pages, Rotation
 from . import native
 
 NAME = "cuda"
+QUANTISED = (torch.int8, torch.float8_e4m3fn)
 DECODE_ROWS = 16  # query heads of a key head times tokens, up to which a sequence goes to the split-key kernel
 _Scratch = tuple[Tensor, tuple[int, int, int, int]]  # and how the native module addresses it
 _native: ModuleType | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..bundles import Geometry, Packing, Pages, Rotation
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_STORED = {torch.int8: 1, torch.float8_e4m3fn: 2}  # pages of another dtype than the query's
 
 
 def batch_arguments(
@@ -151,7 +152,9 @@ def page_arguments(pages: Pages) -> tuple[tuple[Any, ...], list[Tensor]]:
     table = pages.block_table.contiguous()
     scales = [0 if x is None else x.data_ptr() for x in (pages.key_scale, pages.value_scale)]
     tail = (0, 0, 0, 0) if pages.key_tail is None else operand(pages.key_tail)
-    return (table.data_ptr(), table.shape[1], pages.page_tokens, *scales, tail), [table]
+    return (table.data_ptr(), table.shape[1], pages.page_tokens, *scales, tail, _STORED.get(pages.key.dtype, 0)), [
+        table
+    ]
 
 
 def operand(x: Tensor) -> tuple[int, int, int, int]:

@@ -11,10 +11,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..bundles import Geometry, Packing, Pages, Rotation, lse_dtype
+from ..bundles import LARGEST, Geometry, Packing, Pages, Rotation, lse_dtype
 from . import composed
 
 NAME = "reference"
+QUANTISED = tuple(LARGEST)
 _TURN = 2 * math.pi / 2**32  # radians in one unit of phase
 _BLOCK = 512  # query rows held at once
 

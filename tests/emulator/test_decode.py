@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 import longrope_kernels as lk
 from longrope_kernels import testing
-from longrope_kernels.backends.composed import gathered
 from longrope_kernels.bundles import KEY_GROUP
 
 from .test_kernels import DTYPES, EXAMPLES, operands
@@ -15,14 +14,14 @@ from .test_kernels import DTYPES, EXAMPLES, operands
 PLAIN = lk.RopeScaling(head_dim=64, theta=1e4)
 LONG = PLAIN.replace(rescale_factors=[1.0 + i / 8 for i in range(32)], start_tokens=5, attention_factor=1.1)
 LADDER = lk.LongRope(100, {100: PLAIN, 4000: LONG})
-KINDS = [(quantised, page) for quantised in (False, True) for page in (None, 64)]
+KINDS = [(quantised, page) for quantised in (False, "int8", "fp8") for page in (None, 64)]
 
 
 def filled(lengths, dtype, quantised, page_tokens, head_dim=64, capacity=1300):
     cache = lk.KVCache(len(lengths), 2, head_dim, capacity, dtype, quantised, page_tokens)
     generator = torch.Generator().manual_seed(1)
     key, value = (torch.randn(len(lengths), 2, max(lengths), head_dim, generator=generator).to(dtype) for _ in range(2))
-    cache.append(key, value, torch.tensor(lengths), backend="cpu")
+    cache.append(key, value, torch.tensor(lengths), backend="reference" if quantised == "fp8" else "cpu")
     return cache, key, value
 
 
@@ -34,38 +33,80 @@ def test_constants_are_those_of_python(emulated):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cuts", [[200], [63, 1, 64, 65, 7], [1, 1, 130]])
 def test_appending_leaves_the_bits_that_the_cpu_leaves(emulated, dtype, kind, cuts):
+    other = "reference" if kind[0] == "fp8" else "cpu"
     generator = torch.Generator().manual_seed(0)
     caches = [lk.KVCache(2, 2, 40, 256, dtype, *kind) for _ in range(2)]
     for cut in cuts:
         key, value = (torch.randn(2, 2, cut, 40, generator=generator).to(dtype) for _ in range(2))
         key[0, 0, 0, 0] = 0.0
-        for cache, backend in zip(caches, ("cuda", "cpu"), strict=True):
+        for cache, backend in zip(caches, ("cuda", other), strict=True):
             cache.append(key, value, torch.tensor([cut, cut // 2]), backend=backend)
     for name in ("key", "value", "key_scale", "value_scale", "key_tail", "length"):
         ours, theirs = (getattr(cache.pages, name) for cache in caches)
-        assert ours is None or torch.equal(ours, theirs), name
+        assert ours is None or testing.same_bits(ours, theirs), name
 
 
-def test_what_is_not_finite_poisons_its_scale(emulated):
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_what_is_not_finite_poisons_its_scale(emulated, quantised):
     key, value = (torch.ones(1, 1, 64, 32, dtype=torch.float16) for _ in range(2))
     key[0, 0, 3, 5], value[0, 0, 7, 0] = torch.inf, torch.nan
-    cache = lk.KVCache(1, 1, 32, 64, torch.float16, quantised=True)
+    cache = lk.KVCache(1, 1, 32, 64, torch.float16, quantised)
     cache.append(key, value, backend="cuda")
     assert cache.pages.key_scale[0, 0, 0].isnan().nonzero().flatten().tolist() == [5]
     assert cache.pages.value_scale[0, 0].isnan().nonzero().flatten().tolist() == [7]
+    assert cache.attend(torch.ones(1, 1, 1, 32, dtype=torch.float16), backend="cuda").isnan().all()
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_make_their_rows_not_a_number(emulated, queries, bad):
+    query, key, value = operands(1, (4, 2), (queries, 600))
+    clean, clean_lse = lk.attention(query, key, value, PLAIN, return_lse=True, backend="cuda")
+    query[0, 1, 0] = bad
+    out, lse = lk.attention(query, key, value, PLAIN, return_lse=True, backend="cuda")
+    hit = torch.zeros(1, 4, queries, dtype=torch.bool)
+    hit[0, 1, 0] = True
+    assert out[hit].isnan().all()
+    assert lse[hit].isnan().all()
+    assert torch.equal(out[~hit], clean[~hit])
+    assert torch.equal(lse[~hit], clean_lse[~hit])
+
+
+def test_fp8_conversions_are_those_of_torch(emulated):
+    """Every code, and on the way back every code, every middle between two, and their neighbours in fp32."""
+    exact = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    wide = torch.tensor([emulated.widen_fp8(code) for code in range(256)])
+    assert torch.equal(wide.isnan(), exact.isnan())
+    assert torch.equal(wide.nan_to_num(), exact.nan_to_num())
+    steps = exact[exact.isfinite()].sort().values
+    points = torch.cat((exact, (steps[1:] + steps[:-1]) / 2, torch.tensor([1e-30, 1e-44, 500.0, 3e38, torch.inf])))
+    points = torch.cat([x for y in (points, -points) for x in (y, y.nextafter(y + 1), y.nextafter(y - 1))])
+    expected = points.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    for value, code in zip(points.tolist(), expected.tolist(), strict=True):
+        assert emulated.narrow_fp8(value) == (127 if value != value else code), value
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_small_probabilities_of_quantised_values_count(emulated, quantised):
+    """1,200 keys far below the largest score, in fp16: a probability times a scale is below its normals."""
+    key = torch.zeros(1, 1, 1201, 32, dtype=torch.float16)
+    key[0, 0, 0, 0] = 1.0
+    value = torch.ones_like(key)
+    value[0, 0, 0] = 0.0
+    cache = lk.KVCache(1, 1, 32, 1201, torch.float16, quantised)
+    cache.append(key, value, backend="cuda")
+    query = torch.zeros(1, 1, 1, 32, dtype=torch.float16)
+    query[..., 0] = 11.0
+    out, exact = (cache.attend(query, scale=1.0, backend=backend) for backend in ("cuda", "reference"))
+    assert exact.min() > 0.01
+    assert torch.allclose(out, exact, rtol=3e-3)
 
 
 def check_cache(dtype, head_dim, lengths, kind, query_tokens, interleaved, rotary_dim):
     cache, _, _ = filled(lengths, dtype, *kind, head_dim=head_dim)
     scaling = lk.RopeScaling(head_dim, 1e4, [2.0] * (rotary_dim // 2), 7, 1.1, rotary_dim, interleaved)
     query = operands(len(lengths), (8, 2), (query_tokens, 1), head_dim, dtype, seed=9)[0]
-    out, lse = cache.attend(query, scaling, return_lse=True, backend="cuda")
-    held = gathered(cache.pages, torch.float64)
-    exact, exact_lse = lk.reference.attention(query, *held, scaling, key_length=cache.length, return_lse=True)
-    problem = testing.Problem(query, *[x.to(dtype) for x in held], scaling, {"key_length": cache.length})
-    plain, plain_lse = testing.plain_attention(problem)
-    testing.assert_within_error_rule("out", out, plain, exact, 1e-5)
-    testing.assert_within_error_rule("lse", lse, plain_lse, exact_lse, 1e-5)
+    testing.check_reading(cache, query, scaling, "cuda")
 
 
 def test_every_kind_of_cache_obeys_the_error_rule(emulated):

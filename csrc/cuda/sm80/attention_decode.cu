@@ -1,18 +1,20 @@
 // Attention of few rows over many keys, for Ampere and newer: split keys, cached before rotation, contiguous or paged,
-// in the dtype of the query or int8.
+// in the dtype of the query, int8 or fp8.
 //
 // A block takes one run of 512 keys of one (sequence, key head) and up to 16 rows: the query heads that share the key
 // head, times a few tokens. Tiles of keys and values arrive two deep; the block rotates a tile's keys in shared memory
-// (and widens an int8 tile on the way), then every warp takes 16 keys: scores, its own online softmax, its own sum of
-// values. At the end the warps' sums become one partial result, which attention_combine adds to the others.
+// (and widens a quantised tile on the way), then every warp takes 16 keys: scores, its own online softmax, its own sum
+// of values. At the end the warps' sums become one partial result, which attention_combine adds to the others.
 //
-// Bytes: keys and values once (4 head_dim a key in 16 bits, 2 head_dim and the scales in int8), partial results 2 parts
+// Bytes: keys and values once (4 head_dim a key in 16 bits, 2 head_dim and the scales in 8), partial results 2 parts
 // in 100 of them. Operations: rotation about 35 per pair and key, on the fp32 units (at head_dim 128 some 18 cycles of
 // a multiprocessor a key, beside 34 to 50 that its bytes take from memory); the products are 1 part in 16 of what the
-// tensor cores could do. Bound by memory; an int8 cache as much by the rotation.
+// tensor cores could do. Bound by memory; a quantised cache as much by the rotation.
 //
-// An int8 key is widened by its channel's scale before it is rotated; the scale of a value multiplies its probability,
-// so that the product takes int8 values as they are, which is exact in 16 bits.
+// A quantised key is widened by its channel's scale before it is rotated; the scale of a value multiplies its
+// probability, so that the product takes int8 and fp8 values as they are, which is exact in 16 bits. The scale is
+// small, 1/127 or 1/448 of a row's largest value, and a probability times that would be subnormal in fp16 where it
+// still counts: both are taken 128 or 256 times as large, and the sum as much smaller.
 #include "../kernels.h"
 #include "../queries.cuh"
 #include "../softmax.cuh"
@@ -32,7 +34,7 @@ struct Shape {
     using QueryTile = Tile<kDecodeRows, kHeadDim>;
     using KeyTile = Tile<kKeys, kHeadDim>;
 
-    // A stage: keys (int8 ones fill half of their place), values, scales of channels and of values.
+    // A stage: keys (quantised ones fill half of their place), values, scales of channels and of values.
     static constexpr int kValueBytes = kQuantised ? kKeys * kHeadDim : KeyTile::kBytes;
     static constexpr int kScaleBytes = kQuantised ? (kHeadDim + kKeys) * 4 : 0;
     static constexpr int kStageBytes = KeyTile::kBytes + kValueBytes + kScaleBytes;
@@ -53,14 +55,20 @@ struct Shape {
     }
 };
 
-// Starts copying `count` int8 rows, [rows][head_dim] as they are; zeros below.
+// By what probabilities are larger, a power of two; 1 where values come as they are.
+template <class T, class Q>
+constexpr float kProbabilityUnit = std::is_same_v<Q, T>     ? 1.0f
+                                   : std::is_same_v<Q, Fp8> ? 256.0f
+                                                            : 128.0f;
+
+// Starts copying `count` rows of bytes, [rows][head_dim] as they are; zeros below.
 template <class S, int kHeadDim, class RowAt>
-LONGROPE_DEVICE void copy_int8(SharedAddress to, int count, int head_dim, const RowAt& row_at) {
+LONGROPE_DEVICE void copy_bytes(SharedAddress to, int count, int head_dim, const RowAt& row_at) {
     constexpr int kChunks = kHeadDim / kChunk;
     for (int i = thread_index(); i < S::kKeys * kChunks; i += S::kThreads) {
         const int row = i / kChunks, c = i % kChunks;
         const bool valid = row < count && c * kChunk < head_dim;
-        const int8_t* from = row_at(valid ? row : 0);
+        const uint8_t* from = row_at(valid ? row : 0);
         copy_async<8>(to + row * kHeadDim + c * kChunk, valid ? from + c * kChunk : from, valid);
     }
 }
@@ -83,10 +91,10 @@ LONGROPE_DEVICE void copy_stage(const AttentionParams& p, const Sequence& s, int
         const auto rows_of = [&](const Operand& x) {
             return [&](int r) {
                 const Slot slot = slot_of(p, s, first + r);
-                return static_cast<const int8_t*>(row_of<int8_t>(x, slot.outer, head, slot.token));
+                return static_cast<const uint8_t*>(row_of<uint8_t>(x, slot.outer, head, slot.token));
             };
         };
-        copy_int8<S, kHeadDim>(S::values(stage), left, head_dim, rows_of(p.value));
+        copy_bytes<S, kHeadDim>(S::values(stage), left, head_dim, rows_of(p.value));
         for (int i = thread_index(); i < S::kKeys; i += S::kThreads)
             copy_async<4>(S::value_scales(stage) + 4 * i,
                           value_scale(p, slot_of(p, s, first + (i < left ? i : 0)), head), i < left);
@@ -95,7 +103,7 @@ LONGROPE_DEVICE void copy_stage(const AttentionParams& p, const Sequence& s, int
                 return row_of<T>(p.pages.key_tail, s.b, head, (first + r) % kKeyGroup);
             });
         } else {
-            copy_int8<S, kHeadDim>(keys.base, left, head_dim, rows_of(p.key));
+            copy_bytes<S, kHeadDim>(keys.base, left, head_dim, rows_of(p.key));
             const float* scales = key_scale(p, slot_of(p, s, first), head);
             for (int i = thread_index(); i < head_dim / 4; i += S::kThreads)
                 copy_async<16>(S::channel_scales(stage) + 16 * i, scales + 4 * i, true);
@@ -103,8 +111,9 @@ LONGROPE_DEVICE void copy_stage(const AttentionParams& p, const Sequence& s, int
     }
 }
 
-// Rotates the keys of a stage; an int8 stage is widened into the work tiles. Keys past the end are zeros and stay so.
-template <class T, int kHeadDim, bool kQuantised, class S>
+// Rotates the keys of a stage; a quantised stage is widened into the work tiles. Keys past the end are zeros and stay
+// so.
+template <class T, int kHeadDim, class Q, class S>
 LONGROPE_DEVICE void prepare_stage(const AttentionParams& p, const Sequence& s, const Regime& regime, int first,
                                    int stage, typename S::KeyTile keys, typename S::KeyTile values) {
     using Row = SharedRow<T, typename S::KeyTile>;
@@ -112,19 +121,22 @@ LONGROPE_DEVICE void prepare_stage(const AttentionParams& p, const Sequence& s, 
     const int head_dim = static_cast<int>(p.head_dim), last = static_cast<int>(s.key_length) - 1;
     const auto position_of = [&](int r) { return s.key_position(p, first + r < last ? first + r : last); };
     const auto to = [&](int r) { return Row{keys, r}; };
-    if (!kQuantised || first >= quantised_keys(s))
-        rotate_rows<S::kThreads>(
-            regime, head_dim, S::kKeys, false, position_of, [&](int r) { return Row{raw, r}; }, to);
-    else
-        rotate_rows<S::kThreads>(
-            regime, head_dim, S::kKeys, false, position_of,
-            [&](int r) { return SharedQuantisedRow{raw.base + r * kHeadDim, S::channel_scales(stage)}; }, to);
-    if constexpr (kQuantised)
+    const auto rotate = [&](const auto& from) {
+        rotate_rows<S::kThreads>(regime, head_dim, S::kKeys, false, position_of, from, to);
+    };
+    if constexpr (std::is_same_v<Q, T>) {
+        rotate([&](int r) { return Row{raw, r}; });
+    } else {
+        if (first >= quantised_keys(s))
+            rotate([&](int r) { return Row{raw, r}; });
+        else
+            rotate([&](int r) { return SharedQuantisedRow<Q>{raw.base + r * kHeadDim, S::channel_scales(stage)}; });
         for (int i = thread_index(); i < S::kKeys * (kHeadDim / kChunk); i += S::kThreads) {
             const int row = i / (kHeadDim / kChunk), c = i % (kHeadDim / kChunk);
-            store_shared(values.chunk(row, c),
-                         pack8<T>(unpack8(load_shared<Vec8>(S::values(stage) + row * kHeadDim + c * kChunk))));
+            const Vec8 bytes = load_shared<Vec8>(S::values(stage) + row * kHeadDim + c * kChunk);
+            store_shared(values.chunk(row, c), Quantised<Q>::template widen8<T>(bytes));
         }
+    }
 }
 
 // The warps' sums of a row become the partial result of the run.
@@ -143,15 +155,18 @@ LONGROPE_DEVICE void store_partial(const AttentionParams& p, const AttentionScra
             total += keep * load_shared<float>(S::sum(w, row, S::kSumStride - 1));
             out += keep * load_shared<float>(S::sum(w, row, d));
         }
-        const bool seen = total > 0.0f;
+        const bool seen = total != 0.0f;  // a NaN is
         if (d == 0) store_global(scratch.partial_lse + place + row, seen ? top + log2f(total) : -infinity());
         store_global(scratch.partial + (place + row) * head_dim + d, seen ? out / total : 0.0f);
     }
 }
 
-template <class T, int kHeadDim, bool kQuantised>
-LONGROPE_KERNEL((Shape<kHeadDim, kQuantised>::kThreads))
+// Q: what keys and values are stored as; T: nothing is quantised.
+template <class T, int kHeadDim, class Q>
+LONGROPE_KERNEL((Shape<kHeadDim, !std::is_same_v<Q, T>>::kThreads))
 attention_decode_kernel(const DecodeLaunch launch) {
+    constexpr bool kQuantised = !std::is_same_v<Q, T>;
+    constexpr float kUnit = kProbabilityUnit<T, Q>;
     using S = Shape<kHeadDim, kQuantised>;
     const AttentionParams& p = launch.params;
     const int64_t split = block_index() % launch.scratch.splits;
@@ -207,7 +222,7 @@ attention_decode_kernel(const DecodeLaunch launch) {
         block_sync();  // the stage is there for all
         const typename S::KeyTile keys{kQuantised ? S::kWork : S::stage(stage)};
         const typename S::KeyTile values{kQuantised ? S::kWork + S::KeyTile::kBytes : S::values(stage)};
-        prepare_stage<T, kHeadDim, kQuantised, S>(p, s, regime, first, stage, keys, values);
+        prepare_stage<T, kHeadDim, Q, S>(p, s, regime, first, stage, keys, values);
         block_sync();  // the keys are rotated for all
 
         float scores[2][4] = {};
@@ -232,8 +247,8 @@ attention_decode_kernel(const DecodeLaunch launch) {
             for (int j = 0; j < 2; ++j)
 #pragma unroll
                 for (int c = 0; c < 4; ++c)
-                    scores[j][c] *= load_shared<float>(S::value_scales(stage) +
-                                                       4 * (warp_key + 8 * j + lane_index() % 4 * 2 + c % 2));
+                    scores[j][c] *= kUnit * load_shared<float>(S::value_scales(stage) +
+                                                               4 * (warp_key + 8 * j + lane_index() % 4 * 2 + c % 2));
         }
 #pragma unroll
         for (int n = 0; n < 2 * S::kSteps; ++n)
@@ -260,8 +275,8 @@ attention_decode_kernel(const DecodeLaunch launch) {
         const float sum = quad_sum(total[r]);
 #pragma unroll
         for (int n = 0; n < 2 * S::kSteps; ++n) {
-            store_shared(S::sum(warp_index(), row, 8 * n + column), out[n][2 * r]);
-            store_shared(S::sum(warp_index(), row, 8 * n + column + 1), out[n][2 * r + 1]);
+            store_shared(S::sum(warp_index(), row, 8 * n + column), out[n][2 * r] / kUnit);
+            store_shared(S::sum(warp_index(), row, 8 * n + column + 1), out[n][2 * r + 1] / kUnit);
         }
         if (column == 0) {
             store_shared(S::sum(warp_index(), row, S::kSumStride - 2), top[r]);
@@ -276,13 +291,14 @@ template <class T, int kHeadDim>
 void run(const AttentionParams& p, const AttentionScratch& scratch, Stream stream) {
     const int64_t blocks = p.batch * p.key_heads * scratch.splits;
     const DecodeLaunch arguments{p, scratch};
-    if (p.pages.key_scale != nullptr) {
-        using S = Shape<kHeadDim, true>;
-        return launch(attention_decode_kernel<T, kHeadDim, true>, blocks, S::kThreads, S::kSharedBytes, arguments,
-                      stream);
-    }
-    using S = Shape<kHeadDim, false>;
-    launch(attention_decode_kernel<T, kHeadDim, false>, blocks, S::kThreads, S::kSharedBytes, arguments, stream);
+    const auto of = [&](auto q) {
+        using Q = decltype(q);
+        using S = Shape<kHeadDim, !std::is_same_v<Q, T>>;
+        launch(attention_decode_kernel<T, kHeadDim, Q>, blocks, S::kThreads, S::kSharedBytes, arguments, stream);
+    };
+    if (p.pages.key_scale == nullptr) return of(T{});
+    if (p.pages.stored == Stored::kFp8) return of(Fp8{});
+    of(int8_t{});
 }
 
 template <class T>

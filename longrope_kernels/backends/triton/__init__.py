@@ -20,6 +20,7 @@ from torch import Tensor
 from ...bundles import Geometry, Packing, Pages, Rotation
 
 NAME = "triton"
+QUANTISED = (torch.int8, torch.float8_e4m3fn)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -186,7 +187,7 @@ def attention_varlen_backward(
 
 
 def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Attention over a cache of unrotated keys, contiguous or paged, int8 or not."""
+    """Attention over a cache of unrotated keys, contiguous or paged, quantised or not."""
     from . import plans
     from .launch import target_of
 

@@ -1,9 +1,9 @@
 """Appending to a cache of unrotated keys: `cache_append`.
 
 `append_kernel` takes one group of 64 indices of one (sequence, key head), whichever of them are new: it writes them to
-their pages or, in an int8 cache, rounds the values token by token and, where the group is now whole, the keys channel
-by channel, those that came earlier from the tail. `tail_kernel`, a launch of its own because the groups of a sequence
-share the tail, leaves the last 64 keys there. What a cache holds does not depend on how the appending was cut.
+their pages or, in a quantised cache, rounds the values token by token and, where the group is now whole, the keys
+channel by channel, those that came earlier from the tail. `tail_kernel`, a launch of its own because the groups of a
+sequence share the tail, leaves the last 64 keys there. What a cache holds does not depend on how the appending was cut.
 
 Bytes: each element once in and once out. Bound by memory. Nothing is read on the host: a CUDA graph can hold it.
 """
@@ -11,24 +11,35 @@ Bytes: each element once in and once out. Bound by memory. Nothing is read on th
 import triton
 import triton.language as tl
 
-from .pages import KEY_GROUP, key_slots
+from .pages import KEY_GROUP, fp8_bits, key_slots
 from .tiles import load_dims, store_dims
 
 
 @triton.jit
-def rounded(x, AXIS: tl.constexpr):
-    """int8 and the scale along an axis that maps the largest magnitude to 127; a scale of NaN where x is not finite."""
+def rounded(x, like, AXIS: tl.constexpr):
+    """What `like` points to, int8 or the bits of fp8, and the scale along an axis, for the largest magnitude.
+
+    Where x is not finite the scale is NaN beside zeros; where the inverse of a scale is no number, all are 0. fp8 is
+    made in integers on every target: Triton's own conversion rounds twice on sm_89, by way of fp16.
+    """
+    INT8: tl.constexpr = like.dtype.element_ty == tl.int8
+    LARGEST: tl.constexpr = 127.0 if INT8 else 448.0
     magnitude = tl.abs(x)
     largest = tl.max(magnitude, AXIS)
     finite = tl.min((magnitude < float("inf")).to(tl.int32), AXIS) > 0
-    scale = tl.where(finite, tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)), float("nan"))
+    scale = tl.where(finite, tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32)), float("nan"))
     positive = scale > 0.0
-    inverse = tl.where(positive, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(positive, scale, 1.0)), 0.0)
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(positive, scale, 1.0))
+    inverse = tl.where(positive & (inverse < float("inf")), inverse, 0.0)
     scaled = x * tl.expand_dims(inverse, AXIS)
     scaled = tl.where(scaled == scaled, scaled, 0.0)
-    scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
-    # Adding 1.5 * 2^23 rounds to the nearest integer, halves to even.
-    return (scaled + 12582912.0 - 12582912.0).to(tl.int8), scale
+    scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
+    if INT8:
+        # Adding 1.5 * 2^23 rounds to the nearest integer, halves to even.
+        scaled = (scaled + 12582912.0 - 12582912.0).to(tl.int8)
+    else:
+        scaled = fp8_bits(scaled)
+    return scaled, scale
 
 
 @triton.jit
@@ -40,7 +51,7 @@ def append_kernel(
     table,
     length,  # int64[B], before
     count,  # int64[B], tokens to take of key and value
-    key_scale,  # of an int8 cache, with value_scale and key_tail; else None
+    key_scale,  # of a quantised cache, with value_scale and key_tail; else None
     value_scale,
     key_tail,
     key_batch_stride,
@@ -87,14 +98,14 @@ def append_kernel(
             store_dims(key_rows, new, keys, 0, HEAD_DIM, VALUE_BLOCK)
             store_dims(value_rows, new, values, 0, HEAD_DIM, VALUE_BLOCK)
         else:
-            quantised, scale = rounded(values.to(tl.float32), 1)
+            quantised, scale = rounded(values.to(tl.float32), value_pages, 1)
             store_dims(value_rows, new, quantised, 0, HEAD_DIM, VALUE_BLOCK)
             tl.store(value_scale + (page * key_heads + head) * page_tokens + slot, scale, mask=new)
             if first + KEY_GROUP <= after:
                 earlier = index < before
                 tail_rows = key_tail + ((b * key_heads + head) * KEY_GROUP + index % KEY_GROUP) * HEAD_DIM
                 whole = load_dims(tail_rows, earlier, 0, HEAD_DIM, VALUE_BLOCK, True).to(tl.float32)
-                group_keys, scales = rounded(keys.to(tl.float32) + whole, 0)
+                group_keys, scales = rounded(keys.to(tl.float32) + whole, key_pages, 0)
                 store_dims(key_rows, index >= 0, group_keys, 0, HEAD_DIM, VALUE_BLOCK)
                 group = (page * key_heads + head) * (page_tokens // KEY_GROUP) + first % page_tokens // KEY_GROUP
                 dim = tl.arange(0, VALUE_BLOCK)

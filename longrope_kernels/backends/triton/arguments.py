@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...bundles import Geometry, Packing, Pages, Rotation
-from .configs import Config, pad
+from .configs import Config, has_fp8, pad
 
 _LOG2_E = math.log2(math.e)
 _UNBOUNDED = 2**31 - 1
@@ -133,6 +133,16 @@ def unit_last(positions: Tensor | None) -> Tensor | None:
     if positions is not None and positions.stride(-1) != 1:
         return positions.contiguous()
     return positions
+
+
+def written(pages: Tensor) -> Tensor:
+    """Return keys or values of a cache as the kernels that write them take them: fp8 as its bits."""
+    return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
+
+
+def read(pages: Tensor, target: str) -> Tensor:
+    """The same for the kernels that read them: fp8 as its bits where the target does not convert it."""
+    return pages if has_fp8(target) else written(pages)
 
 
 def cache_arguments(pages: Pages | None, config: Config) -> dict[str, Any]:

@@ -49,13 +49,18 @@ IN_TILE_ROWS = 256
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 TABLE = pathlib.Path(__file__).with_name("configs.json")
 DESCRIPTOR_TARGETS = ("sm_90", "sm_100", "interpreter")  # whose hardware has them, and what imitates it
+# Chips that run the tiles of another row: Ada and generation 12 have Ampere's shared memory and instructions.
+TILES_OF = {"sm_89": "sm_80"}
+_FP8_TARGETS = ("sm_89", "sm_90", "sm_100")  # those that convert e4m3 themselves
 WIDTHS = (64, 128, 256, 512)  # head widths of the table: the smallest that holds the head is taken
 KERNELS = (
     "forward",
     "forward extras",
     "forward int8",
+    "forward fp8",
     "decode",
     "decode int8",
+    "decode fp8",
     "split 16",
     "split 32",
     "split 64",
@@ -81,6 +86,11 @@ def pad(dims: int) -> int:
 def width(head_dim: int, pairs: int) -> int:
     """Dims of a row of the scratch layout, [a | b | rest], each padded."""
     return 2 * pad(pairs) + pad(head_dim - 2 * pairs)
+
+
+def has_fp8(target: str) -> bool:
+    """Whether a target has e4m3 as caches keep it."""
+    return target in _FP8_TARGETS
 
 
 def splits_keys(rows: int) -> bool:
@@ -114,9 +124,9 @@ def table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
 
 def _chosen(kernel: str, target: str, head_width: int, itemsize: int) -> Config:
     if target == "interpreter":
-        return _INTERPRETER[kernel.removesuffix(" extras").removesuffix(" int8")]
+        return _INTERPRETER[kernel.removesuffix(" extras").removesuffix(" int8").removesuffix(" fp8")]
     at = next(width for width in WIDTHS if width >= head_width)
-    rows, keys, warps, stages, *descriptors = table()[kernel][target][str(8 * itemsize)][str(at)]
+    rows, keys, warps, stages, *descriptors = table()[kernel][TILES_OF.get(target, target)][str(8 * itemsize)][str(at)]
     return Config(rows, keys, warps, stages, any(descriptors))
 
 
@@ -134,24 +144,24 @@ def by_descriptors(wanted: bool) -> Iterator[None]:
         _by_descriptors = before
 
 
-def forward(target: str, head_width: int, itemsize: int, plain: bool, int8: bool = False) -> Config:
+def forward(target: str, head_width: int, itemsize: int, plain: bool, quantised: str = "") -> Config:
     """Configuration of `forward_kernel`.
 
     Args:
         head_width: the larger of the padded row and the padded head.
         plain: no softcap and no rotation in the tile, which want registers of their own.
-        int8: keys and values of an int8 cache, which are dequantised in registers.
+        quantised: "int8" or "fp8" for a cache of those, which are dequantised in registers.
     """
-    variant = "forward int8" if int8 else "forward" if plain else "forward extras"
+    variant = f"forward {quantised}" if quantised else "forward" if plain else "forward extras"
     config = _chosen(variant, target, head_width, itemsize)
     if _by_descriptors is not None:
         config = replace(config, descriptors=_by_descriptors and target in DESCRIPTOR_TARGETS)
     return config
 
 
-def decode(target: str, head_width: int, itemsize: int, int8: bool = False) -> Config:
-    """Configuration of `decode_kernel`: one token, 16 rows; `int8` as in `forward`."""
-    return _chosen("decode int8" if int8 else "decode", target, head_width, itemsize)
+def decode(target: str, head_width: int, itemsize: int, quantised: str = "") -> Config:
+    """Configuration of `decode_kernel`: one token, 16 rows; `quantised` as in `forward`."""
+    return _chosen(f"decode {quantised}" if quantised else "decode", target, head_width, itemsize)
 
 
 def forward_split(target: str, head_width: int, itemsize: int, rows: int) -> Config:

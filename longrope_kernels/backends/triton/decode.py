@@ -159,7 +159,7 @@ def decode_kernel(
     key_start,
     key_length,
     table,  # of a cache in pages: int32[B, N]; else None
-    key_scale,  # of an int8 cache, with value_scale and key_tail; else None, see pages.py
+    key_scale,  # of a quantised cache, with value_scale and key_tail; else None, see pages.py
     value_scale,
     key_tail,
     query_batch_stride,
@@ -303,7 +303,7 @@ def decode_kernel(
                         ONE_PAGE,
                         BLOCK_KEYS,
                     )
-    seen = total > 0.0
+    seen = total != 0.0  # a NaN is
     total = tl.where(seen, total, 1.0)
     acc = acc * (1.0 / total)[:, None]
     store_dims(partial + place * HEAD_DIM, in_rows & seen, acc, 0, HEAD_DIM, VALUE_BLOCK)
@@ -355,7 +355,7 @@ def combine_kernel(
         acc += tl.sum(values * weight[:, None], 0)
         total += tl.sum(weight, 0)
 
-    seen = total > 0.0
+    seen = total != 0.0  # a NaN is
     total = tl.where(seen, total, 1.0)
     acc = acc * (1.0 / total)
     query_head = head * group + row % group

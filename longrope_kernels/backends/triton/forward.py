@@ -214,7 +214,7 @@ def forward_kernel(
     block_sequence,  # int32[row blocks], the sequence of each
     block_index,  # int32[row blocks], which block of the sequence; -1: none
     table,  # of a cache in pages: int32[B, N]; else None
-    key_scale,  # of an int8 cache, with value_scale and key_tail; else None, see pages.py
+    key_scale,  # of a quantised cache, with value_scale and key_tail; else None, see pages.py
     value_scale,
     key_tail,
     query_batch_stride,
@@ -423,7 +423,7 @@ def forward_kernel(
                 TILES and part == 1,
             )
 
-    seen = total > 0.0
+    seen = total != 0.0  # a NaN is
     total = tl.where(seen, total, 1.0)
     acc = acc * (1.0 / total)[:, None]
     log_total = tl.where(seen, top + tl.log2(total), float("-inf"))

@@ -60,7 +60,7 @@ def interpreting() -> bool:
 
 
 def target_of(device: torch.device) -> str:
-    """Return which row of the configurations serves a device: one of `configs.TARGETS`."""
+    """Return what a device is to the configurations: one of `configs.TARGETS` or `configs.TILES_OF`."""
     if device.type != "cuda":
         return "interpreter"
     return _target_of_index(device.index if device.index is not None else torch.cuda.current_device())
@@ -70,9 +70,9 @@ def target_of(device: torch.device) -> str:
 def _target_of_index(index: int) -> str:
     if torch.version.hip:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(index)
+    capability = torch.cuda.get_device_capability(index)
     # Consumer GPUs of generation 12 have Ampere's shared memory and instructions, not those of sm_100.
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_89" if capability >= (8, 9) else "sm_80")
 
 
 @functools.cache

@@ -21,10 +21,12 @@ from .arguments import (
     empty_like,
     head_constants,
     packed_view,
+    read,
     strides,
     tables,
     unit_last,
     unpacked,
+    written,
 )
 from .configs import Config, pad, width
 from .decode import combine_kernel, decode_kernel
@@ -116,7 +118,8 @@ def attention_paged(
     """The same over a cache. Keys are rotated in the tile: a scratch copy would be as large as the pool's capacity."""
     sequences = Sequences.of_pages(query, pages, geometry)
     kernels = _split if configs.splits_keys(query.shape[2] * (query.shape[1] // pages.key.shape[1])) else _whole
-    return kernels(query, pages.key, pages.value, rotation, geometry, sequences, target, pages)
+    key, value = (read(x, target) for x in (pages.key, pages.value))
+    return kernels(query, key, value, rotation, geometry, sequences, target, pages)
 
 
 def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> list[Launch]:
@@ -136,8 +139,8 @@ def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> lis
     arguments = shared | {
         "value": value,
         **strides("value", value),
-        "key_pages": pages.key,
-        "value_pages": pages.value,
+        "key_pages": written(pages.key),
+        "value_pages": written(pages.value),
         **strides("key_pages", pages.key),
         **strides("value_pages", pages.value),
         **cache_arguments(pages, config),
@@ -148,6 +151,11 @@ def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> lis
     if pages.quantised:
         launches.append(Launch(tail_kernel, (programs,), shared | {"key_tail": pages.key_tail}, config))
     return launches
+
+
+def _format(pages: Pages | None) -> str:
+    """Return the word for a quantised cache in the names of configurations."""
+    return "" if pages is None or not pages.quantised else "int8" if pages.key.dtype == torch.int8 else "fp8"
 
 
 def row_width(query: Tensor, rotation: Rotation) -> int:
@@ -177,8 +185,7 @@ def _split(
     rows = query_tokens * group
     shares = configs.shares_rotations(query_tokens, group, geometry.key_positions is not None)
     if shares:
-        int8 = pages is not None and pages.quantised
-        config = configs.decode(target, row_width(query, rotation), query.element_size(), int8)
+        config = configs.decode(target, row_width(query, rotation), query.element_size(), _format(pages))
     else:
         config = configs.forward_split(target, row_width(query, rotation), query.element_size(), rows)
     key_tokens = key.shape[2] if pages is None else pages.page_tokens * pages.block_table.shape[1]
@@ -235,8 +242,7 @@ def _whole(
     group = query_heads // key_heads
     in_tile = pairs == 0 or pages is not None or (not packed and configs.rotates_in_tile(query_tokens * group))
     plain = geometry.softcap == 0.0 and pages is None and (pairs == 0 or not in_tile)
-    int8 = pages is not None and pages.quantised
-    config = configs.forward(target, row_width(query, rotation), query.element_size(), plain, int8)
+    config = configs.forward(target, row_width(query, rotation), query.element_size(), plain, _format(pages))
     launches = []
     if not in_tile:
         key, launch = rotate_keys(key, rotation, geometry, sequences, target)
