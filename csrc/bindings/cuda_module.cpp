@@ -138,11 +138,10 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
     m.def("prepare_queries", [](const py::tuple& arguments, const py::tuple& rotated, uintptr_t stream) {
         prepare_queries(attention_params(arguments), operand(rotated), stream_of(stream));
     });
-    m.def("attention_backward_sm80",
-          [](const py::tuple& arguments, const py::tuple& gradients, const py::tuple& extra, uintptr_t stream) {
-              attention_backward_sm80(backward_params(arguments, gradients), backward_scratch(extra),
-                                      stream_of(stream));
-          });
+    m.def("attention_backward_sm80", [](const py::tuple& arguments, const py::tuple& gradients, const py::tuple& extra,
+                                        uintptr_t stream) {
+        attention_backward_sm80(backward_params(arguments, gradients), backward_scratch(extra), stream_of(stream));
+    });
     m.def("attention_backward_sm90", [](const py::tuple& arguments, const py::tuple& gradients, const py::tuple& extra,
                                         int64_t query_tokens, int64_t key_tokens, uintptr_t stream) {
         attention_backward_sm90(backward_params(arguments, gradients), backward_scratch(extra), query_tokens,

@@ -47,8 +47,8 @@ struct BackwardScratch {
     // begin with; null: not wanted.
     double *query_part, *key_part;
     // Of a key head and the longest sequence: keys by kBackwardKeys, rows by kBackwardRows. On sm_80 rows run over
-    // tokens and, within a token, query heads; on sm_90 over the tokens of one query head after another, each from a
-    // block of its own on.
+    // tokens and, within a token, query heads; on sm_90 over the tokens of one query head after another, and no block
+    // has rows of two.
     int64_t row_blocks, key_blocks;
 };
 

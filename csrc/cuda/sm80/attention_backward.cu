@@ -3,10 +3,10 @@
 //     P = 2^(S - lse)    dP = dO v^T    dS = P (dP - delta)    dq = dS k    dk = dS^T q    dv = P^T dO
 //
 // After delta = rowsum(dO * O) - dlse (attention_delta.cu), one block per 64 rows walks the keys for dq, and one block
-// per 64 keys walks the rows (tokens, and within a token the query heads that share the key head) for dk and dv. S and dP are
-// computed twice, which is two products in seven more than the least, and buys that no sum needs atomics or a pass over
-// partial gradients: every one has one order. Queries and keys come rotated; dq and dk are rotated back from fp32 in
-// the epilogue.
+// per 64 keys walks the rows (tokens, and within a token the query heads that share the key head) for dk and dv. S and
+// dP are computed twice, which is two products in seven more than the least, and buys that no sum needs atomics or a
+// pass over partial gradients: every one has one order. Queries and keys come rotated; dq and dk are rotated back from
+// fp32 in the epilogue.
 //
 // In both, probabilities and their gradients go from the accumulators of one product to the left operand of the next
 // without leaving the registers: the second block multiplies transposed, keys by rows.

@@ -1,5 +1,5 @@
-// Gradients of attention for Hopper, up to head_dim 128: bulk copies, wgmma, a producer and two consumer warpgroups; the
-// same bits in every run, and the sums of sm80/attention_backward.cu.
+// Gradients of attention for Hopper, up to head_dim 128: bulk copies, wgmma, a producer and two consumer warpgroups;
+// the same bits in every run, and the sums of sm80/attention_backward.cu.
 //
 //     P = 2^(S - lse)    dP = dO v^T    dS = P (dP - delta)    dq = dS k    dk = dS^T q    dv = P^T dO
 //
@@ -12,8 +12,8 @@
 //                    dv += P^T dO and dk += dS^T q with P^T and dS^T from registers
 //
 // S and dP are computed twice. One pass would save two products in seven, but then the parts of dq that blocks of keys
-// have must meet in memory: 64 KB of fp32 to add, read and write, for every 128 x 128 scores, in an order that has to be
-// waited for to be the same in every run. With two passes every sum has one order by itself, and no memory besides.
+// have must meet in memory: 64 KB of fp32 to add, read and write, for every 128 x 128 scores, in an order that has to
+// be waited for to be the same in every run. With two passes every sum has one order by itself, and no memory besides.
 //
 // A consumer issues the products that use what it made of the tile before together with those of the next tile, in turn
 // with the other group, and does its exponentials under that one's products:
@@ -21,9 +21,9 @@
 //     group 0   dq += dS(i-1) k(i-1) | dP(i) | S(i) |   dS(i) from S(i), dP(i)      |
 //     group 1                                       | dq += dS(i-1) k(i-1) | dP(i) | S(i) |   ...
 //
-// Registers are what bounds the tiles: 64 for dq and 128 for S and dP of 128 keys; 128 for dk and dv and 64 for S and dP
-// of 64 queries (head_dim 128). Packed dS takes the place of S. So S(i) is issued when the product of dS(i-1) is done,
-// under dP(i); and in the other kernel S(i) under the second of the two products with what was packed.
+// Registers are what bounds the tiles: 64 for dq and 128 for S and dP of 128 keys; 128 for dk and dv and 64 for S and
+// dP of 64 queries (head_dim 128). Packed dS takes the place of S. So S(i) is issued when the product of dS(i-1) is
+// done, under dP(i); and in the other kernel S(i) under the second of the two products with what was packed.
 //
 // For 128 rows and 128 keys at head_dim 128, in cycles of a multiprocessor at 4,096 operations and 128 bytes of shared
 // memory a cycle:
@@ -33,7 +33,8 @@
 //   key_gradient            4,096                     3,072 +   512              1,024   64 KB, 16 bytes a cycle
 //
 // Bound by the tensor cores; 7,168 cycles a tile, of which 5,120 are what is usually counted as the work of a backward
-// pass (71%). A thread spends about 6 instructions a score in the first and 7 in the second: 800 and 900 cycles.
+// pass (71%). The schedulers issue about 8 instructions a score in the first and 10 in the second (SASS): 1,024 and
+// 1,280 cycles.
 //
 // Rows past a sequence's end would reach a sum as 0 x NaN, and there the next sequence of the batch begins: the last
 // tile of keys, or of queries and grad_out, is copied row by row, with zeros from its end on.
@@ -149,7 +150,13 @@ LONGROPE_DEVICE void produce_keys(const BackwardLaunch& launch) {
         const auto keys = S::keys(), values = S::values();
         for (int64_t first = seen.low; first < seen.high; first += S::kKeys, ++count) {
             const int64_t left = work.s.key_length - first, token = work.s.key_start + first;
-            keys.wait_free(count);
+            values.wait_free(count);
+            if (lane_index() == 0) {
+                mbarrier_expect(values.full(count), S::KeyTile::kBytes);
+                copy_bulk(launch.values, p.value, work.s.b, work.key_head, token, values.tile(count),
+                          values.full(count));
+            }
+            keys.wait_free(count);  // later: the keys are multiplied once more
             if (left < S::kKeys) {
                 copy_rows<T>(keys.tile(count), left, launch.scratch.key, work.s.b, work.key_head, token, p.head_dim);
                 finish_copied_rows();
@@ -158,12 +165,6 @@ LONGROPE_DEVICE void produce_keys(const BackwardLaunch& launch) {
                 mbarrier_expect(keys.full(count), S::KeyTile::kBytes);
                 copy_bulk(launch.keys, launch.scratch.key, work.s.b, work.key_head, token, keys.tile(count),
                           keys.full(count));
-            }
-            values.wait_free(count);
-            if (lane_index() == 0) {
-                mbarrier_expect(values.full(count), S::KeyTile::kBytes);
-                copy_bulk(launch.values, p.value, work.s.b, work.key_head, token, values.tile(count),
-                          values.full(count));
             }
             if (first == seen.low) bring_queries();  // after the keys, for which no group has to end its last block
         }
@@ -421,9 +422,9 @@ LONGROPE_DEVICE void produce_queries(const BackwardLaunch& launch) {
                     Float2 known{};
                     if (r < left) {
                         const float* lse = work.s.lse(p, head, first + r);
-                        known = {load_global(lse) * kLog2E,
-                                 load_global(static_cast<const float*>(launch.scratch.delta + (lse - p.lse))) *
-                                     p.scale};
+                        known = {
+                            load_global(lse) * kLog2E,
+                            load_global(static_cast<const float*>(launch.scratch.delta + (lse - p.lse))) * p.scale};
                     }
                     store_shared(S::known(count, r), known);
                 }
@@ -604,10 +605,10 @@ void run(const AttentionBackwardParams& params, const BackwardScratch& scratch, 
     };
     const int64_t heads = p.query_heads / p.key_heads, head_bytes = p.head_dim * 4;
     using Q = QueryShape<kHeadDim>;
-    launch_with(query_gradient_sm90_kernel<T, kHeadDim>,
-                schedule_of(p.batch * p.query_heads, (p.query_tokens + kRows - 1) / kRows,
-                            key_tokens * head_bytes / heads),
-                Q::kSharedBytes, kGroupRows, Q::kKeys);
+    launch_with(
+        query_gradient_sm90_kernel<T, kHeadDim>,
+        schedule_of(p.batch * p.query_heads, (p.query_tokens + kRows - 1) / kRows, key_tokens * head_bytes / heads),
+        Q::kSharedBytes, kGroupRows, Q::kKeys);
     using K = KeyShape<kHeadDim>;
     launch_with(key_gradient_sm90_kernel<T, kHeadDim>,
                 schedule_of(p.batch * p.key_heads, (scratch.key_blocks + kGroups - 1) / kGroups,

@@ -89,12 +89,13 @@ inline TensorMap operand_map(const Operand& x, const AttentionParams& p, int64_t
     };
     const uint32_t of_heads = extent(heads, x.head_stride), batch = extent(p.batch, x.batch_stride);
     const uint32_t of_tokens = static_cast<uint32_t>(tokens);
-    return tensor_map({x.data,
-                       4,
-                       Swizzle::k128,
-                       {static_cast<uint32_t>(p.head_dim), of_tokens, of_heads, batch},
-                       {64, static_cast<uint32_t>(rows), 1, 1},
-                       {bytes(of_tokens, x.token_stride), bytes(of_heads, x.head_stride), bytes(batch, x.batch_stride)}});
+    return tensor_map(
+        {x.data,
+         4,
+         Swizzle::k128,
+         {static_cast<uint32_t>(p.head_dim), of_tokens, of_heads, batch},
+         {64, static_cast<uint32_t>(rows), 1, 1},
+         {bytes(of_tokens, x.token_stride), bytes(of_heads, x.head_stride), bytes(batch, x.batch_stride)}});
 }
 
 // Copies the tile of an operand that begins at (b, head, token); its bytes are for the caller to expect.
