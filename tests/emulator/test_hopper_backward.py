@@ -128,7 +128,12 @@ PLANTED = {
         1,
         "race",
     ),
-    "dq: dS packed over what is multiplied": ("group_wait<1>(out, packed);", "", 0, "in flight|race|wgmma without a fence"),
+    "dq: dS packed over what is multiplied": (
+        "group_wait<1>(out, packed);",
+        "",
+        0,
+        "in flight|race|wgmma without a fence",
+    ),
     "dq: a wait that leaves a product in flight": (
         "group_wait<1>(out, packed)",
         "group_wait<2>(out, packed)",
@@ -201,7 +206,12 @@ PLANTED = {
         0,
         "race",
     ),
-    "dk: P packed over what is multiplied": ("group_wait<1>(d_values, weights);", "", 0, "leaves in flight|in flight"),
+    "dk: a wait that leaves a product in flight": (
+        "group_wait<1>(d_keys, packed)",
+        "group_wait<2>(d_keys, packed)",
+        0,
+        "leaves in flight",
+    ),
     "dk: dS packed over what is multiplied": ("group_wait<1>(d_keys, packed);", "", 0, "in flight|race|fence"),
     "dk: no wgmma fence": ("group_fence();", "", 5, "wgmma without a fence"),
     "dk: no wgmma fence after the first wait": ("group_fence();", "", 6, "wgmma without a fence"),
@@ -259,10 +269,10 @@ PLANTED = {
         "race",
     ),
     "sums in one order, read in another": (
-        "(dim / 8 ^ row % 4)",
-        "(dim / 8 ^ base / 512 % 4)",
+        "load_shared<Float4>(element(8 * chunk))",
+        "load_shared<Float4>(base + 32 * chunk)",
         0,
-        "wrong|race|nothing",
+        "wrong result|race|nothing wrote",
     ),
     "one row too many": (
         "left < 8 ? left : 8;",
