@@ -5,6 +5,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ CACHE = ROOT / "build" / "nvcc"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 FORWARD, DECODE = "sm80/attention_forward.cu", "sm80/attention_decode.cu"
 BACKWARD = "sm80/attention_backward.cu"
-HOPPER = "sm90/attention_forward.cu"
+HOPPER, HOPPER_BACKWARD = "sm90/attention_forward.cu", "sm90/attention_backward.cu"
 KERNELS = sorted(str(x.relative_to(ROOT / "csrc" / "cuda")) for x in (ROOT / "csrc" / "cuda").rglob("*.cu"))
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc not found")
@@ -87,31 +88,64 @@ def test_the_machine_code_has_what_the_kernels_are_made_of(source, target):
             assert re.search(instruction, code), instruction
 
 
-@needs_nvcc
-def test_hopper_kernels_are_made_of_its_own_instructions():
-    """wgmma and bulk copies, not serialised (the report would warn of C7510 or its like), within their registers."""
-    cubin, report = compiled(HOPPER, "sm_90a")
+def hopper_functions(source):
+    """The kernels of a file for Hopper as SASS, by name: wgmma and bulk copies, not serialised, within their registers.
+
+    The report would warn of serialised wgmma (C7510 or its like).
+    """
+    cubin, report = compiled(source, "sm_90a")
     assert "C75" not in report
-    functions = sass(cubin).split("Function : ")[1:]
-    assert len(functions) == 8
-    for code in functions:
-        columns = {int(x) for x in re.findall(r"HGMMA\.64x(\d+)x16\.F32", code)}
-        keys = 64 if 256 in columns else 128  # of a tile, as the widest head_dim leaves registers for
-        assert keys in columns
-        assert len(columns - {keys}) <= 1
-        for instruction in (r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"MUFU\.EX2", r"LDGSTS", r"STG\.E\.128"):
-            assert re.search(instruction, code), instruction
-        assert not re.search(r"\b(HMMA|LDSM)\b", code)
+    code = sass(cubin).split("Function : ")[1:]
+    functions = {x.split(maxsplit=1)[0]: x for x in code}
     # The registers that setmaxnreg deals out are those of 64K that the threads begin with.
-    source = (ROOT / "csrc" / "cuda" / HOPPER).read_text()
-    (producer, consumer) = map(
-        int, re.search(r"kProducerRegisters = (\d+), kConsumerRegisters = (\d+)", source).groups()
-    )
+    text = (ROOT / "csrc" / "cuda" / source).read_text()
+    (producer, consumer) = map(int, re.search(r"kProducerRegisters = (\d+), kConsumerRegisters = (\d+)", text).groups())
     (used,) = set(map(int, re.findall(r"Used (\d+) registers", report)))
     assert producer + 2 * consumer <= 3 * used
     assert 3 * 128 * used <= 64 << 10
-    highest = max(int(x) for code in functions for x in re.findall(r"\bR(\d+)\b", code))
-    assert highest < consumer
+    for x in functions.values():
+        for instruction in (r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"MUFU\.EX2", r"LDGSTS", r"STG\.E\.128"):
+            assert re.search(instruction, x), instruction
+        assert not re.search(r"\b(HMMA|LDSM)\b", x)
+        assert max(map(int, re.findall(r"\bR(\d+)\b", x))) < consumer
+    return functions
+
+
+def columns_of(code):
+    """How often a kernel multiplies with so many columns."""
+    return Counter(int(x) for x in re.findall(r"HGMMA\.64x(\d+)x16\.F32", code))
+
+
+@needs_nvcc
+def test_the_hopper_forward_is_made_of_its_own_instructions():
+    functions = hopper_functions(HOPPER)
+    assert len(functions) == 8
+    for code in functions.values():
+        columns = set(columns_of(code))
+        keys = 64 if 256 in columns else 128  # of a tile, as the widest head_dim leaves registers for
+        assert keys in columns
+        assert len(columns - {keys}) <= 1
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_hopper_backward_is_made_of_its_own_instructions():
+    """Every product of the first tile, of the loop and of the end stands there once."""
+    functions = hopper_functions(HOPPER_BACKWARD)
+    assert len(functions) == 12
+    for name, code in functions.items():
+        (head_dim,) = map(int, re.findall(r"ELi(\d+)E", name))
+        steps = head_dim // 16
+        wanted = Counter()
+        if "query_gradient" in name:
+            wanted[128] += 2 * 2 * steps  # S and dP
+            wanted[head_dim] += 2 * 8  # dq
+        else:
+            rows = 128 if head_dim <= 64 else 64
+            wanted[rows] += 2 * 2 * steps
+            wanted[head_dim] += 2 * 2 * rows // 16  # dv and dk
+        assert columns_of(code) == wanted
 
 
 @needs_nvcc

@@ -86,3 +86,23 @@ def test_long_sequences_keep_to_the_error_of_the_plain_computation(head_dim):
     exact = lk.attention(q.double(), k.double(), v.double(), scaling, backend="reference")
     testing.assert_within_error_rule("out", out, plain, exact, 1e-5)
     assert all(torch.equal(attention(q, k, v, scaling), out) for _ in range(2 if DRY else 20))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_gradients_of_long_sequences_are_those_of_the_reference_and_the_same_in_every_run(head_dim):
+    torch.manual_seed(0)
+    tokens = 200 if DRY else 2048
+    operands = [torch.randn(1, heads, tokens, head_dim).bfloat16() for heads in (4, 2, 2)]
+    weight = torch.randn_like(operands[0])
+    scaling = lk.RopeScaling(head_dim, 1e4)
+
+    def gradients(attention, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in operands]
+        return torch.autograd.grad((attention(*leaves, scaling) * weight).float().sum(), leaves)
+
+    exact = gradients(functools.partial(lk.attention, backend="reference"), torch.float64)
+    runs = [gradients(on_device(lk.attention), torch.bfloat16) for _ in range(2 if DRY else 20)]
+    for x, wanted in zip(runs[0], exact, strict=True):
+        assert (x - wanted).abs().max() < 0.02 * wanted.abs().max()
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))

@@ -31,6 +31,17 @@ AttentionScratch scratch(const py::tuple& t) {
             t[6].cast<int64_t>()};
 }
 
+// Arguments, (grad_out, grad_lse address, grad_query, grad_key, grad_value).
+AttentionBackwardParams backward_params(const py::tuple& arguments, const py::tuple& gradients) {
+    return {attention_params(arguments),
+            operand(gradients[0].cast<py::tuple>()),
+            pointer<const float>(gradients[1].cast<uintptr_t>()),
+            operand(gradients[2].cast<py::tuple>()),
+            operand(gradients[3].cast<py::tuple>()),
+            operand(gradients[4].cast<py::tuple>()),
+            nullptr};
+}
+
 // (query, key, delta address, query_part address, key_part address, row_blocks, key_blocks)
 BackwardScratch backward_scratch(const py::tuple& t) {
     return {operand(t[0].cast<py::tuple>()),
@@ -127,18 +138,15 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
     m.def("prepare_queries", [](const py::tuple& arguments, const py::tuple& rotated, uintptr_t stream) {
         prepare_queries(attention_params(arguments), operand(rotated), stream_of(stream));
     });
-    // Arguments, (grad_out, grad_lse address, grad_query, grad_key, grad_value), scratch.
-    m.def("attention_backward_sm80",
-          [](const py::tuple& arguments, const py::tuple& gradients, const py::tuple& extra, uintptr_t stream) {
-              const AttentionBackwardParams params{attention_params(arguments),
-                                                   operand(gradients[0].cast<py::tuple>()),
-                                                   pointer<const float>(gradients[1].cast<uintptr_t>()),
-                                                   operand(gradients[2].cast<py::tuple>()),
-                                                   operand(gradients[3].cast<py::tuple>()),
-                                                   operand(gradients[4].cast<py::tuple>()),
-                                                   nullptr};
-              attention_backward_sm80(params, backward_scratch(extra), stream_of(stream));
-          });
+    m.def("attention_backward_sm80", [](const py::tuple& arguments, const py::tuple& gradients, const py::tuple& extra,
+                                        uintptr_t stream) {
+        attention_backward_sm80(backward_params(arguments, gradients), backward_scratch(extra), stream_of(stream));
+    });
+    m.def("attention_backward_sm90", [](const py::tuple& arguments, const py::tuple& gradients, const py::tuple& extra,
+                                        int64_t query_tokens, int64_t key_tokens, uintptr_t stream) {
+        attention_backward_sm90(backward_params(arguments, gradients), backward_scratch(extra), query_tokens,
+                                key_tokens, stream_of(stream));
+    });
     m.attr("BACKWARD_ROWS") = kBackwardRows;
     m.attr("BACKWARD_KEYS") = kBackwardKeys;
     m.attr("SPLIT_KEYS") = kSplitKeys;

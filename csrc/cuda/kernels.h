@@ -46,15 +46,25 @@ struct BackwardScratch {
     // Parts of the gradient of the frequencies, double [batch, key_heads, row_blocks or key_blocks, pairs], zeros to
     // begin with; null: not wanted.
     double *query_part, *key_part;
+    // Of a key head and the longest sequence: keys by kBackwardKeys, rows by kBackwardRows. On sm_80 rows run over
+    // tokens and, within a token, query heads; on sm_90 over the tokens of one query head after another, and no block
+    // has rows of two.
     int64_t row_blocks, key_blocks;
 };
 
 // Rotates every query into `rotated`.
 void prepare_queries(const AttentionParams& params, const Operand& rotated, Stream stream);
 
+// Fills `scratch.delta`; a part of both kernels below.
+void attention_delta(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream);
+
 // Gradients of attention up to head_dim 128; `grad_inv_freq` of `params` is not written, its parts are.
 constexpr int kBackwardRows = 64, kBackwardKeys = 64;
 void attention_backward_sm80(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream);
+// The same on Hopper; `query_tokens` and `key_tokens` are how many tokens a sequence's, or a packed batch's, queries
+// and keys have room for.
+void attention_backward_sm90(const AttentionBackwardParams& params, const BackwardScratch& scratch,
+                             int64_t query_tokens, int64_t key_tokens, Stream stream);
 
 // Appends up to `tokens` rows of key and value to a cache.
 void cache_append(const AppendParams& params, int64_t tokens, Stream stream);

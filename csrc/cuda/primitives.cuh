@@ -20,6 +20,7 @@
 //                                ldmatrix.x4: lane l gives the address of row l % 8 of matrix l / 8
 //   multiply_add<T>              mma.m16n8k16: d[4] += a[4] b[2], fp32 accumulators
 //   exp2_fast                    ex2.approx.ftz, 2 ulp
+//   anew                         its argument; what is made of it is made here and not kept in registers from before
 //   pack<T> unpack<T>            two T in a word
 //   widen narrow                 between fp32 and T, to nearest even
 //   widen_fp8 narrow_fp8         the two fp8 of a low half as two Half, exact; two fp32 as two fp8, to nearest even, at

@@ -141,6 +141,11 @@ LONGROPE_DEVICE float exp2_fast(float x) {
     return y;
 }
 
+LONGROPE_DEVICE uint32_t anew(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 template <class T>
 LONGROPE_DEVICE uint32_t pack(float low, float high);
 template <>

@@ -45,6 +45,10 @@ struct Sequence {
     LONGROPE_DEVICE Interval visible(const AttentionParams& p, int64_t i) const {
         return visible_interval(query_start + i, key_length, p.window_left, p.window_right);
     }
+    // Queries that see key `index`.
+    LONGROPE_DEVICE Interval seeing(const AttentionParams& p, int64_t index) const {
+        return seeing_interval(index, query_start, query_count, p.window_left, p.window_right);
+    }
     template <class T>
     LONGROPE_DEVICE T* query_row(const Operand& x, int64_t head, int64_t i) const {
         return row_of<T>(x, b, head, query_slot + i);

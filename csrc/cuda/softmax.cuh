@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "../core/host_device.h"
 #include "primitives.cuh"
 
 namespace longrope {
@@ -40,7 +41,7 @@ struct ScoreScale {
     float scale_log2;           // without a softcap
     float cap_slope, cap_log2;  // with one: tanh(x * cap_slope) * cap_log2
 
-    LONGROPE_DEVICE ScoreScale(float scale, float softcap)
+    LONGROPE_HOST_DEVICE ScoreScale(float scale, float softcap)
         : scale_log2(softcap > 0.0f ? 1.0f : scale * kLog2E),
           cap_slope(softcap > 0.0f ? scale / softcap : 0.0f),
           cap_log2(softcap * kLog2E) {}
@@ -55,16 +56,17 @@ LONGROPE_DEVICE void cap_scores(float (&scores)[kColumnTiles][4], const ScoreSca
         for (int c = 0; c < 4; ++c) scores[j][c] = tanh_fast(scores[j][c] * scale.cap_slope) * scale.cap_log2;
 }
 
-// The lane's row r sees columns [low, high) alone.
+// The lane's row r sees columns [low, high) alone; the others become `unseen`.
 template <int kColumnTiles>
-LONGROPE_DEVICE void mask_scores(float (&scores)[kColumnTiles][4], int r, int low, int high) {
+LONGROPE_DEVICE void mask_scores(float (&scores)[kColumnTiles][4], int r, int low, int high,
+                                 float unseen = -infinity()) {
     const int column = lane_index() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
             const int at = 8 * j + column + c;
-            if (at < low || at >= high) scores[j][2 * r + c] = -infinity();
+            if (at < low || at >= high) scores[j][2 * r + c] = unseen;
         }
 }
 

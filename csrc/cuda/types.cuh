@@ -24,8 +24,11 @@ struct alignas(16) Vec16 {
 struct alignas(8) Vec8 {
     uint32_t word[2];
 };
-struct Float2 {
+struct alignas(8) Float2 {
     float x, y;
+};
+struct alignas(16) Float4 {
+    float at[4];
 };
 
 // The bits that stand for a swizzle in a matrix descriptor; the number is bytes of a row.

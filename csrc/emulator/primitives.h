@@ -207,6 +207,10 @@ inline float exp2_fast(float x) {
     return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f : y;
 }
 
+inline uint32_t anew(uint32_t x) {
+    return x;
+}
+
 template <class T>
 uint32_t pack(float low, float high) {
     return emulator::narrow<T>(low) | uint32_t{emulator::narrow<T>(high)} << 16;

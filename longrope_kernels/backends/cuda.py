@@ -131,12 +131,13 @@ def attention_backward(
     want_inv_freq: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients recomputed from lse; no atomics, the same bits in every run."""
-    query, key, value, out, grad_out = (_aligned(x) for x in (query, key, value, out, grad_out))
+    query, key, out = _aligned(query), _aligned(key), _aligned(out)
+    value, grad_out = _bulk_readable(_aligned(value)), _bulk_readable(_aligned(grad_out))
     lse = lse.contiguous()
     arguments, keep = native.batch_arguments(query, key, value, out, lse, rotation, geometry)
     tokens = query.shape[2], key.shape[2]
     call = _Attention(arguments, [query, key, value, *keep], [out, lse])
-    return call.backward(grad_out, grad_lse, native.operand, tokens, rotation, want_inv_freq)
+    return call.backward(grad_out, grad_lse, native.operand, tokens, tokens, rotation, want_inv_freq)
 
 
 def attention_varlen_backward(
@@ -153,12 +154,14 @@ def attention_varlen_backward(
     want_inv_freq: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `attention_varlen`."""
-    query, key, value, out, grad_out = (_aligned(x) for x in (query, key, value, out, grad_out))
+    query, key, out = _aligned(query), _aligned(key), _aligned(out)
+    value, grad_out = (_bulk_readable(_aligned(x), token_dim=0) for x in (value, grad_out))
     lse = lse.contiguous()
     arguments, keep = native.packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
     tokens = tuple(int(x.diff().max()) if packing.batch else 0 for x in (packing.query_bounds, packing.key_bounds))
     call = _Attention(arguments, [query, key, value, *keep], [out, lse])
-    return call.backward(grad_out, grad_lse, native.packed_operand, tokens, rotation, want_inv_freq)
+    slots = query.shape[0], key.shape[0]
+    return call.backward(grad_out, grad_lse, native.packed_operand, tokens, slots, rotation, want_inv_freq)
 
 
 def attention_varlen(
@@ -261,6 +264,7 @@ class _Attention:
         grad_lse: Tensor | None,
         operand: Callable[[Tensor], tuple[int, int, int, int]],
         tokens: tuple[int, ...],
+        slots: tuple[int, int],
         rotation: Rotation,
         want_inv_freq: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -269,6 +273,7 @@ class _Attention:
         Args:
             operand: how the native module addresses a tensor like the query.
             tokens: queries and keys of the longest sequence.
+            slots: tokens of the operands, which are those of all sequences where they are packed.
         """
         assert _native is not None
         query, key, value, *keep = self.reads
@@ -282,7 +287,10 @@ class _Attention:
         rotated = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
         delta = torch.empty_like(lse)
         batch, query_heads, key_heads, _, _ = self.arguments[14]
-        row_blocks = -(-tokens[0] * (query_heads // key_heads) // _native.BACKWARD_ROWS)
+        hopper, group = runs_hopper_kernels(query.device), query_heads // key_heads
+        # Rows of a block are of one head on Hopper, of all that share a key head elsewhere.
+        rows, of_heads = (tokens[0], group) if hopper else (tokens[0] * group, 1)
+        row_blocks = -(-rows // _native.BACKWARD_ROWS) * of_heads
         key_blocks = -(-tokens[1] // _native.BACKWARD_KEYS)
         pairs = d_inv_freq.shape[1]
         parts = [
@@ -301,8 +309,8 @@ class _Attention:
         at = [x.data_ptr() if want_inv_freq else 0 for x in parts]
         extra = (*map(operand, rotated), delta.data_ptr(), *at, row_blocks, key_blocks)
         _call(
-            "attention_backward_sm80",
-            (self.arguments, gradients, extra),
+            "attention_backward_sm90" if hopper else "attention_backward_sm80",
+            (self.arguments, gradients, extra, *(slots if hopper else ())),
             [grad_out, grad_lse, value, out, lse, *rotated, *keep],
             [*grads, delta, *parts],
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,13 +63,13 @@ def _load(name: str, sources: list[Path], changes: dict[str, str]) -> ModuleType
                 (part / changed).write_text(text)
             part.rename(tree)
         sources = [tree / x.relative_to(CSRC) if x.is_relative_to(CSRC) else x for x in sources]
-    headers = b"".join(x.read_bytes() for x in sorted(tree.rglob("*")) if x.suffix in (".h", ".cuh"))
     flags = [*FLAGS, f"-I{sysconfig.get_paths()['include']}", f"-I{_pybind11()}", f"-DLONGROPE_MODULE={name}"]
-    common = hashlib.sha256(headers + " ".join([compiler() or "", *flags, sys.version]).encode())
+    common = hashlib.sha256(" ".join([compiler() or "", *flags, sys.version]).encode())
 
     def compiled(source: Path) -> Path:
         digest = common.copy()
-        digest.update(source.read_bytes())
+        for path in _with_headers(source):
+            digest.update(path.read_bytes())
         target = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}.o"
         if not target.exists():
             _run([str(compiler()), *flags, "-x", "c++", "-c", str(source), "-o", f"{target}.part"])
@@ -89,6 +90,17 @@ def _load(name: str, sources: list[Path], changes: dict[str, str]) -> ModuleType
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def _with_headers(source: Path) -> list[Path]:
+    """Return a source and what it includes of ours, and what that does."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^ *#include "(.+)"', path.read_text(), re.MULTILINE):
+            header = (path.parent / name).resolve()
+            if header not in found:
+                found.append(header)
+    return found
 
 
 def _pybind11() -> str:

@@ -1,4 +1,6 @@
-"""Gradients of the emulated kernels, beside what the conformance suite already holds them to."""
+"""Gradients of the emulated kernels, those for Ampere and those for Hopper, beside what the conformance suite already
+holds them to.
+"""
 
 import pytest
 import torch
@@ -6,6 +8,11 @@ import torch
 import longrope_kernels as lk
 
 from .test_kernels import operands
+
+
+@pytest.fixture(params=["emulated", "hopper"])
+def kernels(request):
+    return request.getfixturevalue(request.param)
 
 
 def gradients(backend, dtype=torch.float16, start_tokens=0, offset=0):
@@ -20,26 +27,26 @@ def gradients(backend, dtype=torch.float16, start_tokens=0, offset=0):
 
 
 @pytest.mark.parametrize("start_tokens", [0, 20])
-def test_gradient_of_the_rescale_factors(emulated, start_tokens):
+def test_gradient_of_the_rescale_factors(kernels, start_tokens):
     actual, exact = (gradients(backend, start_tokens=start_tokens)[3] for backend in ("cuda", "reference"))
     assert torch.allclose(actual, exact, rtol=0.02, atol=0.01 * float(exact.abs().max()))
 
 
-def test_gradient_of_the_rescale_factors_does_not_move_with_the_positions(emulated):
+def test_gradient_of_the_rescale_factors_does_not_move_with_the_positions(kernels):
     near, far = (gradients("cuda", offset=offset)[3] for offset in (0, 10**6))
     assert (near - far).abs().max() < 0.1 * near.abs().max()
 
 
-def test_the_order_of_warps_and_blocks_changes_no_bit_of_a_gradient(emulated):
+def test_the_order_of_warps_and_blocks_changes_no_bit_of_a_gradient(kernels):
     results = []
     for seed in range(3):
-        emulated.seed(seed)
+        kernels.seed(seed)
         results.append(gradients("cuda"))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_gradients_of_a_packed_batch_are_those_of_its_sequences(emulated):
+def test_gradients_of_a_packed_batch_are_those_of_its_sequences(kernels):
     scaling = lk.RopeScaling(64, 1e4)
     lengths = [3, 70, 0, 20]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
@@ -61,7 +68,7 @@ def test_gradients_of_a_packed_batch_are_those_of_its_sequences(emulated):
             assert torch.equal(a[rows], e[0].transpose(0, 1))
 
 
-def test_head_dims_without_backward_kernels_are_refused(emulated):
+def test_head_dims_without_backward_kernels_are_refused(kernels):
     leaves = [x.requires_grad_() for x in operands(tokens=(5, 5), head_dim=256)]
     out = lk.attention(*leaves, lk.RopeScaling(256, 1e4), backend="cuda")
     with pytest.raises(lk.BackendUnavailableError, match="no backward kernels for head_dim 256"):

@@ -12,7 +12,7 @@ from longrope_kernels.backends import cuda
 from . import build
 from .test_kernels import DTYPES, EXAMPLES, operands
 
-FORWARD = "cuda/sm90/attention_forward.cu"
+FORWARD, PIPELINE = "cuda/sm90/attention_forward.cu", "cuda/sm90/pipeline.cuh"
 
 
 def scaling(head_dim=64):
@@ -156,9 +156,9 @@ PLANTED = {
     "no wgmma fence": ("group_fence();", "", 1, "wgmma without a fence"),
     "no wgmma fence at the end": ("group_fence();", "", 2, "wgmma without a fence"),
     "no proxy fence after the queries": ("proxy_fence();  // and the barrier", "// ", 0, "without a proxy fence"),
-    "no barrier after the queries": ("wait_for_turn();", "", 0, "race|nothing wrote|without a proxy fence"),
-    "queries written while rows are stored": ("group_sync();  // the rows", "// ", 0, "race"),
-    "rows stored while queries are read": ("group_sync();  // no warp", "// ", 0, "race"),
+    "no barrier after the queries": ("wait_for_turn(group);", "", 0, "race|nothing wrote|without a proxy fence"),
+    "queries written while rows are stored": ("group_sync(group);  // the rows", "// ", 0, "race"),
+    "rows stored while queries are read": ("group_sync(group);  // no warp", "// ", 0, "race"),
     "no proxy fence after the last values": (
         "proxy_fence();\n                warp_sync",
         "warp_sync",
@@ -179,21 +179,21 @@ PLANTED = {
     ),
     "no barrier after the mbarriers": ("block_sync();", "", 0, "race|nothing wrote"),
     "too few bytes expected": (
-        "mbarrier_expect(full, TileT::kBytes)",
-        "mbarrier_expect(full, TileT::kBytes - 1024)",
+        "mbarrier_expect(ring.full(count), S::KeyTile::kBytes)",
+        "mbarrier_expect(ring.full(count), S::KeyTile::kBytes - 1024)",
         0,
         "no thread can go on|in flight|one arrival",
     ),
     "a tail one row too long": ("if (left < S::kKeys) {", "if (left + 1 < S::kKeys) {", 0, "wrong result|nan"),
     "a tail copied one row too far": (
-        "to, static_cast<int>(left),",
-        "to, static_cast<int>(left) + 1,",
+        "rings.values.tile(count), static_cast<int>(left),",
+        "rings.values.tile(count), static_cast<int>(left) + 1,",
         0,
         "out of bounds|wrong result",
     ),
     "a mask one key too wide": ("high[r] - first);", "high[r] - first + 1);", 0, "wrong result"),
     "turns that are not given": (
-        "give_turn();\n                group_wait<1>",
+        "give_turn(group);\n                group_wait<1>",
         "group_wait<1>",
         0,
         "no thread can go on",
@@ -211,12 +211,15 @@ QUICK = ["no wait for the values", "no proxy fence after the queries", "a mask o
 
 def planted(name):
     old, new, which, _ = PLANTED[name]
-    pieces = (build.CSRC / FORWARD).read_text().split(old)
+    changes = {x: (build.CSRC / x).read_text() for x in (FORWARD, PIPELINE)}
+    path = next((x for x in changes if old in changes[x]), FORWARD)
+    pieces = changes[path].split(old)
     assert len(pieces) > which + 1, f"no {old!r}"
-    text = old.join(pieces[: which + 1]) + new + old.join(pieces[which + 1 :])
+    changes[path] = old.join(pieces[: which + 1]) + new + old.join(pieces[which + 1 :])
     # One head_dim is enough to show a mistake, and compiles sooner.
-    text = "\n".join(x for x in text.splitlines() if " run<T, " not in x or "<T, 256>" in x)
-    return build.module({FORWARD: text.replace("run<T, 256>", "run<T, 128>") + "\n"})
+    text = "\n".join(x for x in changes[FORWARD].splitlines() if " run<T, " not in x or "<T, 256>" in x)
+    changes[FORWARD] = text.replace("run<T, 256>", "run<T, 128>") + "\n"
+    return build.module(changes)
 
 
 def told(emulator, monkeypatch):

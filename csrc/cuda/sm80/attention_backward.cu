@@ -2,11 +2,11 @@
 //
 //     P = 2^(S - lse)    dP = dO v^T    dS = P (dP - delta)    dq = dS k    dk = dS^T q    dv = P^T dO
 //
-// Three launches: delta = rowsum(dO * O) - dlse; one block per 64 rows walks the keys for dq; one block per 64 keys
-// walks the rows (tokens, and within a token the query heads that share the key head) for dk and dv. S and dP are
-// computed twice, which is two products in seven more than the least, and buys that no sum needs atomics or a pass over
-// partial gradients: every one has one order. Queries and keys come rotated; dq and dk are rotated back from fp32 in
-// the epilogue.
+// After delta = rowsum(dO * O) - dlse (attention_delta.cu), one block per 64 rows walks the keys for dq, and one block
+// per 64 keys walks the rows (tokens, and within a token the query heads that share the key head) for dk and dv. S and
+// dP are computed twice, which is two products in seven more than the least, and buys that no sum needs atomics or a
+// pass over partial gradients: every one has one order. Queries and keys come rotated; dq and dk are rotated back from
+// fp32 in the epilogue.
 //
 // In both, probabilities and their gradients go from the accumulators of one product to the left operand of the next
 // without leaving the registers: the second block multiplies transposed, keys by rows.
@@ -185,30 +185,6 @@ LONGROPE_DEVICE void store_frequency_part(const Regime& regime, TileT rotated, S
     }
 }
 
-// A warp takes one row: rowsum(grad_out * out) - grad_lse.
-template <class T>
-LONGROPE_KERNEL(kThreads)
-delta_kernel(const BackwardLaunch launch) {
-    const AttentionParams& p = launch.params.forward;
-    const int64_t index = block_index() * kWarps + warp_index();
-    const int64_t i = index % p.query_tokens, head = index / p.query_tokens % p.query_heads;
-    const int64_t b = index / p.query_tokens / p.query_heads;
-    if (b >= p.batch) return;
-    const Sequence s(p, b);
-    if (i >= s.query_count) return;
-    float sum = 0.0f;
-    if (lane_index() * kChunk < p.head_dim) {
-        const Float8 x = GlobalRow<T>{s.query_row<T>(launch.params.grad_out, head, i)}.load8(lane_index());
-        const Float8 y = GlobalRow<T>{s.query_row<T>(p.out, head, i)}.load8(lane_index());
-#pragma unroll
-        for (int k = 0; k < 8; ++k) sum += x.at[k] * y.at[k];
-    }
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    const int64_t at = s.lse(p, head, i) - p.lse;
-    if (lane_index() == 0) store_global(launch.scratch.delta + at, sum - load_global(launch.params.grad_lse + at));
-}
-
 template <class T, int kHeadDim>
 LONGROPE_KERNEL(kThreads)
 query_gradient_kernel(const BackwardLaunch launch) {
@@ -364,8 +340,6 @@ void run(const BackwardLaunch& arguments, Stream stream) {
     using S = Shape<kHeadDim>;
     const AttentionParams& p = arguments.params.forward;
     const int64_t heads = p.batch * p.key_heads;
-    launch(delta_kernel<T>, (p.batch * p.query_heads * p.query_tokens + kWarps - 1) / kWarps, kThreads, 0, arguments,
-           stream);
     launch(query_gradient_kernel<T, kHeadDim>, arguments.scratch.row_blocks * heads, kThreads, S::kSharedBytes,
            arguments, stream);
     launch(key_gradient_kernel<T, kHeadDim>, arguments.scratch.key_blocks * heads, kThreads, S::kSharedBytes, arguments,
@@ -384,6 +358,7 @@ void run_of_width(const BackwardLaunch& arguments, Stream stream) {
 }  // namespace
 
 void attention_backward_sm80(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream) {
+    attention_delta(params, scratch, stream);
     const BackwardLaunch arguments{params, scratch};
     if (params.forward.dtype == Dtype::kFloat16) return run_of_width<Half>(arguments, stream);
     run_of_width<BFloat16Bits>(arguments, stream);

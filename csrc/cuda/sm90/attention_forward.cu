@@ -24,19 +24,14 @@
 #include "../kernels.h"
 #include "../output.cuh"
 #include "../queries.cuh"
-#include "../schedule.cuh"
 #include "../softmax.cuh"
+#include "pipeline.cuh"
 
 namespace longrope {
 namespace {
 
-constexpr int kGroups = 2, kGroupThreads = 128, kGroupRows = 64, kRows = kGroups * kGroupRows;
-constexpr int kThreads = (kGroups + 1) * kGroupThreads;
 // Together the 504 that 384 threads begin with.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-// Named barriers, one of each kind for a consumer group.
-constexpr int kTurn = 1, kOwn = 1 + kGroups;
-constexpr int kSectionBytes = 24 << 20;  // half of the L2
 
 template <int kHeadDim>
 struct Shape {
@@ -51,32 +46,6 @@ struct Shape {
     static_assert(kSharedBytes <= 227 << 10, "the tiles do not fit a multiprocessor");
 
     LONGROPE_DEVICE static QueryTile queries(int group) { return {group * QueryTile::kBytes + 0u}; }
-};
-
-// One operand's stages: the tiles, and an mbarrier for a stage that is full and one for a stage that is free.
-template <class TileT, int kStages>
-struct Ring {
-    SharedAddress tiles, barriers;
-
-    LONGROPE_DEVICE static int stage(int count) { return count % kStages; }
-    LONGROPE_DEVICE static uint32_t parity(int count) { return count / kStages & 1; }
-    LONGROPE_DEVICE TileT tile(int count) const { return {tiles + stage(count) * TileT::kBytes}; }
-    LONGROPE_DEVICE SharedAddress full(int count) const { return barriers + 16 * stage(count); }
-    LONGROPE_DEVICE SharedAddress free(int count) const { return full(count) + 8; }
-
-    LONGROPE_DEVICE void begin() const {
-        for (int i = 0; i < kStages; ++i) {
-            mbarrier_init(full(i), 1);
-            mbarrier_init(free(i), kGroups * kGroupThreads / 32);
-        }
-    }
-    LONGROPE_DEVICE void wait_full(int count) const { mbarrier_wait(full(count), parity(count)); }
-    LONGROPE_DEVICE void wait_free(int count) const { mbarrier_wait(free(count), parity(count) ^ 1); }
-    // The warp has done with the tile.
-    LONGROPE_DEVICE void release(int count) const {
-        warp_sync();
-        if (lane_index() == 0) mbarrier_arrive(free(count));
-    }
 };
 
 template <class S>
@@ -122,49 +91,28 @@ struct Work {
     }
 };
 
-// Calls `visit(tile)` for each of the block's tiles of the schedule.
-template <class Visit>
-LONGROPE_DEVICE void each_tile(const ForwardLaunch& launch, const Visit& visit) {
-    const int32_t blocks = static_cast<int32_t>(block_count());
-    for (int32_t round = 0; round * blocks < launch.schedule.tiles(); ++round) {
-        const int32_t tile = Schedule::dealt(round, static_cast<int32_t>(block_index()), blocks);
-        if (tile < launch.schedule.tiles()) visit(tile);
-    }
-}
-
-// Where a tile of keys or values begins in its tensor map.
-template <class S, class TileT>
-LONGROPE_DEVICE void copy_bulk(const TensorMap& map, const Operand& from, const Work<S>& work, int first, TileT to,
-                               SharedAddress full) {
-    const int32_t token = static_cast<int32_t>(work.s.key_start) + first;
-    const int32_t head = from.head_stride == 0 ? 0 : static_cast<int32_t>(work.key_head);
-    const int32_t b = from.batch_stride == 0 ? 0 : static_cast<int32_t>(work.s.b);
-    mbarrier_expect(full, TileT::kBytes);
-#pragma unroll
-    for (int slab = 0; slab < TileT::kSlabs; ++slab)
-        copy_tensor<4>(to.base + slab * TileT::kSlabBytes, map, {64 * slab, token, head, b}, full);
-}
-
 template <class T, class S>
 LONGROPE_DEVICE void produce(const ForwardLaunch& launch) {
     const AttentionParams& p = launch.params;
     const Rings<S> rings;
     int count = 0;  // of tiles so far
-    each_tile(launch, [&](int32_t tile) {
+    each_tile(launch.schedule, [&](int32_t tile) {
         const Work<S> work(p, launch.schedule.at(tile));
         const Interval keys = work.keys(p);
         for (int64_t first = keys.low; first < keys.high; first += S::kKeys, ++count) {
+            const auto bring = [&](const TensorMap& map, const Operand& from, const auto& ring) {
+                mbarrier_expect(ring.full(count), S::KeyTile::kBytes);
+                copy_bulk(map, from, work.s.b, work.key_head, work.s.key_start + first, ring.tile(count),
+                          ring.full(count));
+            };
             rings.keys.wait_free(count);
-            if (lane_index() == 0)
-                copy_bulk(launch.keys, p.key, work, static_cast<int>(first), rings.keys.tile(count),
-                          rings.keys.full(count));
+            if (lane_index() == 0) bring(launch.keys, p.key, rings.keys);
             rings.values.wait_free(count);
-            const auto to = rings.values.tile(count);
             const int64_t left = work.s.key_length - first;
             if (left < S::kKeys) {
                 const T* base = row_of<T>(p.value, work.s.b, work.key_head, work.s.key_start + first);
                 copy_tile<32>(
-                    to, static_cast<int>(left), static_cast<int>(p.head_dim),
+                    rings.values.tile(count), static_cast<int>(left), static_cast<int>(p.head_dim),
                     [&](int r) { return base + r * p.value.token_stride; }, lane_index());
                 copy_async_commit();
                 copy_async_wait<0>();
@@ -172,7 +120,7 @@ LONGROPE_DEVICE void produce(const ForwardLaunch& launch) {
                 warp_sync();
                 if (lane_index() == 0) mbarrier_arrive(rings.values.full(count));
             } else if (lane_index() == 0) {
-                copy_bulk(launch.values, p.value, work, static_cast<int>(first), to, rings.values.full(count));
+                bring(launch.values, p.value, rings.values);
             }
         }
     });
@@ -185,15 +133,12 @@ LONGROPE_DEVICE void consume(const ForwardLaunch& launch, int group) {
     const AttentionParams& p = launch.params;
     const Rings<S> rings;
     const typename S::QueryTile queries = S::queries(group);
-    const auto wait_for_turn = [&] { named_sync(kTurn + group, kGroups * kGroupThreads); };
-    const auto give_turn = [&] { named_arrive(kTurn + 1 - group, kGroups * kGroupThreads); };
-    const auto group_sync = [&] { named_sync(kOwn + group, kGroupThreads); };
     const int warp_row = warp_index() % 4 * 16;
     const ScoreScale scale(p.scale, p.softcap);
-    if (group == 1) give_turn();
+    if (group == 1) give_turn(group);
     int count = 0;  // of tiles so far
 
-    each_tile(launch, [&](int32_t tile) {
+    each_tile(launch.schedule, [&](int32_t tile) {
         // Keys that the group visits, those that every row of it sees, and those that the thread's two rows see.
         int first, end, whole_begin = 0, whole_end = 0, low[2], high[2];
         {
@@ -215,7 +160,7 @@ LONGROPE_DEVICE void consume(const ForwardLaunch& launch, int group) {
                 low[r] = static_cast<int>(seen.low);
                 high[r] = static_cast<int>(seen.high);
             }
-            group_sync();  // the rows of the tile before have left the query tile
+            group_sync(group);  // the rows of the tile before have left the query tile
             load_queries<T, kGroupThreads>(p, work.s, work.map, group_row, rows, queries,
                                            thread_index() % kGroupThreads);
             proxy_fence();  // and the barrier of the first turn shows them to the group
@@ -253,10 +198,10 @@ LONGROPE_DEVICE void consume(const ForwardLaunch& launch, int group) {
 
         if (first < end) {
             rings.keys.wait_full(count);
-            wait_for_turn();
+            wait_for_turn(group);
             group_fence();
             multiply_keys(count);
-            give_turn();
+            give_turn(group);
             group_wait<0>(scores);
             rings.keys.release(count);
             softmax(first);
@@ -264,11 +209,11 @@ LONGROPE_DEVICE void consume(const ForwardLaunch& launch, int group) {
             for (first += kKeys, ++count; first < end; first += kKeys, ++count) {
                 rings.keys.wait_full(count);
                 rings.values.wait_full(count - 1);
-                wait_for_turn();
+                wait_for_turn(group);
                 group_fence();
                 multiply_keys(count);
                 multiply_values(count - 1);
-                give_turn();
+                give_turn(group);
                 group_wait<1>(scores);
                 rings.keys.release(count);
                 softmax(first);
@@ -286,7 +231,7 @@ LONGROPE_DEVICE void consume(const ForwardLaunch& launch, int group) {
             group_wait<0>(out, weights);
             rings.values.release(count - 1);
         }
-        group_sync();  // no warp of the group reads the query tile any more
+        group_sync(group);  // no warp of the group reads the query tile any more
         // Worked out anew: registers are short in the loop before.
         const Work<S> work(p, launch.schedule.at(tile));
         store_16_rows<T>(p, work.s, work.map, work.first_row + group * kGroupRows, work.rows_of(group), queries,
@@ -315,37 +260,16 @@ attention_forward_sm90_kernel(const LONGROPE_GRID_CONSTANT ForwardLaunch launch)
     }
 }
 
-// The tensor map of an operand [batch, key_heads, tokens, head_dim] in boxes of a tile's slabs. Dimensions of stride 0
-// (packed sequences, expanded tensors) are those of one element.
-TensorMap map_of(const Operand& x, const AttentionParams& p, int64_t tokens, int keys) {
-    const auto extent = [](int64_t n, int64_t stride) { return static_cast<uint32_t>(stride == 0 ? 1 : n); };
-    const auto bytes = [&](uint32_t n, int64_t stride) {
-        return static_cast<uint64_t>(n == 1 ? (p.head_dim + 7) / 8 * 8 : stride) * 2;
-    };
-    const uint32_t heads = extent(p.key_heads, x.head_stride), batch = extent(p.batch, x.batch_stride);
-    const uint32_t rows = static_cast<uint32_t>(tokens);
-    return tensor_map({x.data,
-                       4,
-                       Swizzle::k128,
-                       {static_cast<uint32_t>(p.head_dim), rows, heads, batch},
-                       {64, static_cast<uint32_t>(keys), 1, 1},
-                       {bytes(rows, x.token_stride), bytes(heads, x.head_stride), bytes(batch, x.batch_stride)}});
-}
-
 template <class T, int kHeadDim>
 void run(const AttentionParams& p, int64_t key_tokens, Stream stream) {
     using S = Shape<kHeadDim>;
     const int64_t rows = p.query_tokens * (p.query_heads / p.key_heads);
-    const int64_t pairs = p.batch * p.key_heads, row_blocks = (rows + kRows - 1) / kRows;
-    if (pairs * row_blocks >= 1 << 30) throw std::runtime_error("a schedule of 2^30 tiles or more");
-    const int64_t section = kSectionBytes / (key_tokens * p.head_dim * 4 + 1) + 1;
-    const Schedule schedule{static_cast<int32_t>(pairs), static_cast<int32_t>(row_blocks),
-                            static_cast<int32_t>(section < pairs ? section : pairs)};
-    const int blocks = multiprocessor_count() < schedule.tiles() ? multiprocessor_count() : schedule.tiles();
-    if (blocks == 0) return;
-    const ForwardLaunch forward{map_of(p.key, p, key_tokens, S::kKeys), map_of(p.value, p, key_tokens, S::kKeys), p,
-                                schedule};
-    launch(attention_forward_sm90_kernel<T, kHeadDim>, blocks, kThreads, S::kSharedBytes, forward, stream);
+    const Schedule schedule =
+        schedule_of(p.batch * p.key_heads, (rows + kRows - 1) / kRows, key_tokens * p.head_dim * 4);
+    if (schedule.tiles() == 0) return;
+    const auto map = [&](const Operand& x) { return operand_map(x, p, p.key_heads, key_tokens, S::kKeys); };
+    const ForwardLaunch forward{map(p.key), map(p.value), p, schedule};
+    launch(attention_forward_sm90_kernel<T, kHeadDim>, blocks_of(schedule), kThreads, S::kSharedBytes, forward, stream);
 }
 
 template <class T>
