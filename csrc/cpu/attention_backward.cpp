@@ -95,7 +95,7 @@ struct HeadTask {
     Buffer<float> grad_query;                         // [tokens][columns]
     Buffer<float> angles;
     Buffer<T> rows;
-    std::vector<float> lse, delta;  // by query row: lse and D
+    std::vector<float> lse, delta;   // by query row: lse and D
     std::vector<int64_t> low, high;  // visible keys by query row
 
     HeadTask(const AttentionBackwardParams& params, int64_t query_tokens)

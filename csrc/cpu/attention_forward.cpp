@@ -241,7 +241,8 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& pac
         const float* from = w.out.get() + r * columns;
         const bool seen = sum != 0.0f;  // also where a score is not a number: then neither is the result
         for (int64_t d = 0; d < p.head_dim; ++d) narrow(seen ? from[d] * inverse : 0.0f, to + d);
-        p.lse[lse_index(p, b, query_head, i)] = seen ? static_cast<float>(w.largest[r] * natural + std::log(static_cast<double>(sum))) : -kInfinity;
+        p.lse[lse_index(p, b, query_head, i)] =
+            seen ? static_cast<float>(w.largest[r] * natural + std::log(static_cast<double>(sum))) : -kInfinity;
     }
 }
 
