@@ -266,6 +266,76 @@ def test_a_key_or_query_that_is_not_finite_makes_the_rows_that_see_it_not_a_numb
 
 
 @every_level
+@pytest.mark.parametrize("loud", [20.0, 25.0, 30.0, 100.0, 1000.0])
+def test_a_channel_that_is_loud_in_one_key_of_a_group_costs_the_others_nothing(loud):
+    """Its score is far below the others', whose weights are then all that is seen."""
+    key, value = tokens(64, batch=8, head_dim=128)
+    key[..., (5, 69)] = 0.0
+    key[:, :, 0, 5] = -loud
+    query = 2 * queries(1, batch=8, head_dim=128)
+    query[..., 5], query[..., 69] = loud, 0.0
+    cache = lk.KVCache(8, 2, 128, 64, torch.bfloat16, quantised=True)
+    cache.append(key.bfloat16() / 2, value.bfloat16())
+    scaling = lk.RopeScaling(128, 1e4, [1.5] * 64)
+    query = query.bfloat16()
+    held = gathered(cache.pages, torch.float64)
+    exact = lk.reference.attention(query, *held, scaling)
+    plain, _ = testing.plain_attention(testing.Problem(query, *(x.bfloat16() for x in held), scaling, {}))
+    testing.assert_within_error_rule("out", cache.attend(query, scaling), plain, exact)
+
+
+@every_level
+@pytest.mark.parametrize("size", [1e-30, 1e-33, 1e-35])
+def test_tiny_int8_values_keep_their_sign_and_size(size):
+    key, value = tokens(129, torch.bfloat16)
+    cache = lk.KVCache(2, 2, 64, 129, torch.bfloat16, quantised=True)
+    cache.append(key, (1 + value / 10) * size)
+    exact = lk.reference.attention(queries(1, torch.bfloat16), *gathered(cache.pages, torch.float64), PLAIN)
+    out = cache.attend(queries(1, torch.bfloat16), PLAIN)
+    assert torch.allclose(out.double(), exact, rtol=0.01, atol=0.0)
+
+
+@every_level
+def test_zeros_stay_numbers_where_subnormals_are_flushed():
+    key, value = tokens(128, torch.bfloat16)
+    key[:, :, 64:] = 0.0
+    cache = lk.KVCache(2, 2, 64, 128, torch.bfloat16, quantised=True)
+    query = queries(1, torch.bfloat16)
+    query[:, ::2] = 0.0
+    assert torch.set_flush_denormal(True)
+    try:
+        cache.append(key, value)
+        out = cache.attend(query, PLAIN)
+    finally:
+        torch.set_flush_denormal(False)
+    exact = lk.reference.attention(query, *gathered(cache.pages, torch.float64), PLAIN)
+    assert torch.allclose(out.double(), exact, atol=0.01)
+
+
+@every_level
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("step", [-128, 127])
+def test_the_largest_int8_products_do_not_overflow(head_dim, step):
+    cache = lk.KVCache(1, 1, head_dim, 64, torch.bfloat16, quantised=True)
+    key, value = tokens(64, torch.bfloat16, batch=1, heads=1, head_dim=head_dim)
+    cache.append(torch.ones_like(key), value)
+    cache.pages.key.fill_(step)
+    query = torch.ones(1, 4, 1, head_dim, dtype=torch.bfloat16)
+    scaling, start = lk.RopeScaling(head_dim, 1e4), torch.tensor([0])  # not turned against the first key
+    out, lse = cache.attend(query, scaling, is_causal=False, query_start=start, return_lse=True)
+    exact, exact_lse = lk.reference.attention(
+        query,
+        *gathered(cache.pages, torch.float64),
+        scaling,
+        is_causal=False,
+        query_positions=torch.tensor([0]),
+        return_lse=True,
+    )
+    assert torch.allclose(out.double(), exact, atol=0.01)
+    assert torch.allclose(lse.double(), exact_lse, atol=0.01)
+
+
+@every_level
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-30, 1e30])
 def test_products_of_tiny_and_huge_int8_operands_stay_finite(scale):
     key, value = (x * scale for x in tokens(128, torch.bfloat16))

@@ -11,7 +11,7 @@
 // rule's largest error is over few numbers, and rounding both sides at other places than the plain computation breaks
 // it in 5% of draws (measured). Weights are rounded to bf16 for bf16 values, whose products run in pairs of keys.
 //
-// An int8 cache of bf16 queries is multiplied in integers instead, see attention_decode_int8.h.
+// An int8 cache of bf16 queries is multiplied in integers instead, 64 keys at a time, see attention_decode_int8.h.
 //
 // Bytes: each key and value is read once for all query heads that share it. While the keys of a block are multiplied
 // its values are asked for, and half of each of the next block's keys; the other half while the values are added: as
@@ -163,10 +163,12 @@ class Decoder {
         Buffer<int16_t> short_query;  // [rows][2 half], rotated for a block, times the scales of the pairs
         Buffer<int16_t> ratios;       // [2 half], scales of the keys over those of the pairs
         Buffer<float> pair_scales;    // [half], the larger scale of each pair over the largest of all
-        Buffer<float> pair_norms;     // [rows][half], squared, of the query over its largest value
+        Buffer<float> pair_norms;     // [rows][half], of the query over its largest value
         float largest_scale;
         int64_t scales_of = -1;  // the first key of the group whose scales are there
-        float largest_query[kDecodeRows], score_scales[kDecodeRows], weight_scales[kDecodeRows];
+        bool group_in_integers;
+        float largest_query[kDecodeRows], product_norms[kDecodeRows], product_sizes[kDecodeRows];
+        float score_scales[kDecodeRows], weight_scales[kDecodeRows];
         int64_t b, head, first_row, low[kDecodeRows], high[kDecodeRows];
         int64_t run_begin = -1;  // the key whose angles `at_run` has
         int rows;
@@ -211,7 +213,8 @@ class Decoder {
                 const int64_t* turns = base ? p.rotation.base_turns + regime * pairs : scaled;
                 float* to = tables.get() + (2 * regime + base) * table_elements();
                 for (int key = 0; key < kDecodeKeys; ++key) fill_angles(to + key * 2 * half, key, turns, factor);
-                fill_short_table(short_tables.get() + (2 * regime + base) * short_table_elements(), turns);
+                if (integers)
+                    fill_short_table(short_tables.get() + (2 * regime + base) * short_table_elements(), turns);
             }
             float* to = steps.get() + regime * step_elements();
             for (int64_t block = 0; block < blocks; ++block)
@@ -230,7 +233,6 @@ class Decoder {
     // cos and sin, without the attention factor, as multiples of 2^-kTurnBits.
     void fill_short_table(int16_t* to, const int64_t* turns) const {
 #if defined(LONGROPE_INTEGER_DECODE)
-        if (!integers) return;
         Buffer<float> exact = zeros(2 * half);
         for (int key = 0; key < kDecodeMostKeys; ++key) {
             fill_angles(exact.get(), key, turns, 1 << kTurnBits);
@@ -263,35 +265,32 @@ class Decoder {
         }
     }
 
-    // The largest value of a query row and the squared norms of its pairs.
+    // The largest value of a query row and the norms of its pairs as parts of it.
     void measure_query(Workspace& w, int r) const {
         const float* query = w.unrotated.get() + r * width;
         vf top = splat(0.0f);
         for (int64_t i = 0; i < width; i += kLanes) top = vmax(vmax(load<vf>(query + i), -load<vf>(query + i)), top);
         w.largest_query[r] = reduce_max(top);
-        const float inverse = inverse_of(w.largest_query[r]);
         for (int64_t i = 0; i < half; i += kLanes) {
-            const vf a = load<vf>(query + i) * inverse, b = load<vf>(query + half + i) * inverse;
-            store(w.pair_norms.get() + r * half + i, a * a + b * b);
+            const vf a = load<vf>(query + i) / w.largest_query[r], b = load<vf>(query + half + i) / w.largest_query[r];
+            store(w.pair_norms.get() + r * half + i, vsqrt(a * a + b * b));
         }
     }
 
 #if defined(LONGROPE_INTEGER_DECODE)
-    // What rows of 2 half dims are unpacked from.
-    int unpacked_bytes() const { return half % kIntegerBytes == 0 ? kIntegerBytes : 32; }
-
     // A row of int16 in the order in which keys are unpacked, of vectors dims(at).
     template <class Dims>
     void store_short_row(int16_t* to, const Dims& dims) const {
         for (int64_t at = 0; at < 2 * half; at += kLanes) {
-            if (unpacked_bytes() == kIntegerBytes)
+            if (fills_widest(half))
                 store_unpacked<kIntegerBytes>(to, at, dims(at));
             else
                 store_unpacked<32>(to, at, dims(at));
         }
     }
 
-    // The scales of a group of keys, as those of the pairs, which go to the query, and what is left for the keys.
+    // The scales of a group of keys, as those of the pairs, which go to the query, and what is left for the keys;
+    // whether the group is multiplied in integers.
     void split_scales(Workspace& w, const float* scales) const {
         vf top = splat(0.0f), poison = splat(0.0f);
         for (int64_t i = 0; i < half; i += kLanes) {
@@ -300,15 +299,37 @@ class Decoder {
             top = vmax(top, pair);
             store(w.pair_scales.get() + i, pair);
         }
+        w.largest_scale = reduce_max(top) + reduce_add(poison);
         store_short_row(w.ratios.get(), [&](int64_t at) {
             const vf pair = load<vf>(w.pair_scales.get() + at % half);
             return pair > 0.0f ? load<vf>(scales + at) / pair * float{1 << kTurnBits} : splat(0.0f);
         });
-        w.largest_scale = reduce_max(top);
-        const float inverse = inverse_of(w.largest_scale);
         for (int64_t i = 0; i < half; i += kLanes)
-            store(w.pair_scales.get() + i, load<vf>(w.pair_scales.get() + i) * inverse);
-        w.largest_scale += reduce_add(poison);
+            store(w.pair_scales.get() + i, load<vf>(w.pair_scales.get() + i) / w.largest_scale);
+        w.group_in_integers = true;
+        for (int r = 0; r < w.rows; ++r) w.group_in_integers &= measure_products(w, r);
+    }
+
+    // The norm of a query times the scales, as part of what the largest of both would give. False where rounding to a
+    // part of that norm would show: where scores in the hundreds are possible, products that cancel are far smaller
+    // than what they are rounded to. False too of what is zero, hardly a number or none.
+    bool measure_products(Workspace& w, int r) const {
+        const float* pairs_of_row = w.pair_norms.get() + r * half;
+        vf top = splat(0.0f), squares = splat(0.0f);
+        for (int64_t i = 0; i < half; i += kLanes)
+            top = vmax(top, load<vf>(w.pair_scales.get() + i) * load<vf>(pairs_of_row + i));
+        const float largest = reduce_max(top);
+        for (int64_t i = 0; i < half; i += kLanes) {
+            const vf part = load<vf>(w.pair_scales.get() + i) * load<vf>(pairs_of_row + i) / largest;
+            squares += part * part;
+        }
+        const float factor = p.rotation.attention_factor[p.rotation.regime_index[w.b]];
+        const float norm = largest * std::sqrt(reduce_add(squares));
+        w.product_norms[r] = norm;
+        w.product_sizes[r] = w.largest_query[r] * w.largest_scale * (factor * factor);
+        const float score = std::fabs(p.scale) * w.product_sizes[r] * norm * key_norm(p.head_dim);
+        return norm > 1e-30f && w.largest_query[r] * factor > 1e-30f && w.product_sizes[r] > 1e-30f &&
+               score <= most_query_norm(p.head_dim) / 32;
     }
 
     // The rotated query rows, times the scales of the pairs, as int16 of the largest norm that sums allow.
@@ -316,21 +337,12 @@ class Decoder {
         const float factor = p.rotation.attention_factor[p.rotation.regime_index[w.b]];
         const float most = most_query_norm(p.head_dim);
         for (int r = 0; r < w.rows; ++r) {
-            vf squares = splat(0.0f);
-            for (int64_t i = 0; i < half; i += kLanes) {
-                const vf scale = load<vf>(w.pair_scales.get() + i);
-                squares += scale * scale * load<vf>(w.pair_norms.get() + r * half + i);
-            }
-            const float norm = std::sqrt(reduce_add(squares));
-            float inverse = inverse_of(w.largest_query[r] * factor) * inverse_of(norm) * most;
-            if (std::isinf(inverse)) inverse = 0.0f;  // products below 1e-33 of the scales count as 0
+            const float of_query = 1.0f / (w.largest_query[r] * factor), of_norm = most / w.product_norms[r];
             const float* query = w.query.get() + r * width;
             store_short_row(w.short_query.get() + r * 2 * half, [&](int64_t at) {
-                return load<vf>(query + at) * (load<vf>(w.pair_scales.get() + at % half) * inverse);
+                return load<vf>(query + at) * of_query * (load<vf>(w.pair_scales.get() + at % half) * of_norm);
             });
-            // Not a number where the norm or a scale is none.
-            w.score_scales[r] =
-                w.largest_query[r] * w.largest_scale * norm * (factor * factor / (most * (1 << kKeyBits)));
+            w.score_scales[r] = w.product_sizes[r] * (w.product_norms[r] / (most * (1 << kKeyBits)));
         }
     }
 
@@ -347,10 +359,10 @@ class Decoder {
             top = other > top ? other : top;
         }
         const float most = ((vf)top)[0];
-        const float inverse = inverse_of(most) * kMostInt16;
+        const float inverse = most >= std::numeric_limits<float>::min() ? 1.0f / most : 0.0f;
         w.weight_scales[r] = most * (1.0f / kMostInt16);
         int16_t* weights = reinterpret_cast<int16_t*>(w.scores.get() + r * kDecodeMostKeys);
-        for (int n = 0; n < Vectors; ++n) store_int16(weights + n * kLanes, x[n] * inverse);
+        for (int n = 0; n < Vectors; ++n) store_int16(weights + n * kLanes, x[n] * inverse * kMostInt16);
     }
 
     template <int R>
@@ -360,7 +372,7 @@ class Decoder {
             add(w.values, count, p.head_dim, weights, 2 * kDecodeMostKeys, w.weight_scales + row, out + row * columns,
                 columns, row == 0 ? w.next_keys : nullptr);
         };
-        if (p.head_dim % kIntegerBytes == 0)
+        if (fills_widest(p.head_dim))
             call(add_int8<R, kIntegerBytes>);
         else
             call(add_int8<R, 32>);
@@ -665,10 +677,14 @@ class Decoder {
         for (int r = 0; r < w.rows; ++r) w.row_sums[r] = splat(0.0f);
         const int64_t length = p.key_length[w.b], start = p.rotation.start_tokens[p.rotation.regime_index[w.b]];
         // Blocks begin at multiples of their size whatever is visible, and once more at n-hat.
-        const int64_t integer_keys = integers ? quantised_keys(p, w.b) : 0;
-        for (int64_t key = first / kDecodeMostKeys * kDecodeMostKeys; key < last;) {
+        const auto size_of_block = [&](int64_t key) {
+            if (!quantised(p) || key >= quantised_keys(p, w.b)) return kDecodeKeys;
+            take_scales(w, key);
+            return w.group_in_integers ? kDecodeMostKeys : kDecodeKeys;
+        };
+        for (int64_t key = first / size_of_block(first) * size_of_block(first); key < last;) {
             const bool base = key < start;
-            const int64_t size = key < integer_keys ? kDecodeMostKeys : kDecodeKeys;
+            const int64_t size = size_of_block(key);
             int64_t end = std::min((key / size + 1) * size, length);
             if (base) end = std::min(end, start);
             attend_block(w, key, static_cast<int>(end - key), base, largest, out);
@@ -678,7 +694,7 @@ class Decoder {
 #if defined(LONGROPE_INTEGER_DECODE)
         if (integers)
             for (int r = 0; r < w.rows; ++r) {
-                if (p.head_dim % kIntegerBytes == 0)
+                if (fills_widest(p.head_dim))
                     in_order_of_dims<kIntegerBytes>(out + r * columns, p.head_dim);
                 else
                     in_order_of_dims<32>(out + r * columns, p.head_dim);
@@ -704,6 +720,19 @@ class Decoder {
         for (int k = ahead; k < count; ++k) w.next_keys[k] = w.keys[k];
     }
 
+    // The scales of the channels of a key's group, spread out behind a row.
+    void take_scales(Workspace& w, int64_t key) const {
+        const int64_t of = key / kKeyGroup * kKeyGroup;
+        if (w.scales_of == of) return;
+        float* scales = w.row.get() + width;
+        spread(key_scale(p, slot_of(p, w.b, key), w.head), scales);
+        w.scales_of = of;
+        w.group_in_integers = false;
+#if defined(LONGROPE_INTEGER_DECODE)
+        if (integers) split_scales(w, scales);
+#endif
+    }
+
     void attend_block(Workspace& w, int64_t key, int count, bool base, float* largest, float* out) const {
         if (!quantised(p)) {
             fill_rows<T>(p.key, w, key, count, w.keys);
@@ -723,15 +752,7 @@ class Decoder {
             return attend_block_of<T, int8_t>(w, key, count, base, nullptr, largest, out);
         }
         look_ahead<int8_t>(w, key, count);
-        float* scales = w.row.get() + width;
-        if (const int64_t of = key / kKeyGroup * kKeyGroup; w.scales_of != of) {
-            spread(key_scale(p, slot_of(p, w.b, key), w.head), scales);
-#if defined(LONGROPE_INTEGER_DECODE)
-            if (integers) split_scales(w, scales);
-#endif
-            w.scales_of = of;
-        }
-        attend_block_of<int8_t, int8_t>(w, key, count, base, scales, largest, out);
+        attend_block_of<int8_t, int8_t>(w, key, count, base, w.row.get() + width, largest, out);
     }
 
     template <class KeyT, class ValueT>
@@ -742,7 +763,7 @@ class Decoder {
         rotate_queries(w, key, base);
         constexpr bool kInt8Keys = std::is_same_v<KeyT, int8_t>, kInt8Values = std::is_same_v<ValueT, int8_t>;
 #if defined(LONGROPE_INTEGER_DECODE)
-        if (kInt8Keys && integers) {
+        if (kInt8Keys && w.group_in_integers) {
             round_queries(w);
             by_group(w.rows, [&](int row, auto size) { score_integers<size.value>(w, row, count, base); });
         } else
@@ -781,8 +802,8 @@ class Decoder {
     }
 
     // Scores of a row become weights of the values, and what was summed before is scaled to the new maximum.
-    // Keys: of a block, at most. Whole: all are there and visible, and there is no softcap.
-    // Int8Values: weights are multiplied by the values' scales.
+    // Keys: of a block, at most; scores past `count` are whatever lay there, and hidden. Whole: all are there and
+    // visible, and there is no softcap. Int8Values: weights are multiplied by the values' scales.
     template <int Keys, bool Whole, bool Int8Values>
     void softmax_row(Workspace& w, int r, int64_t key, int count, float* largest, float* out) const {
         constexpr int kVectors = Keys / kLanes;

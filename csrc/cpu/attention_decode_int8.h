@@ -5,7 +5,8 @@
 // an unpacking with zeros, without a conversion. Key j of a block is x * 2^6 * ratio, rotated by the angle of j alone
 // with rounded products (vpmulhrsw): the larger of a pair's two scales goes to the query, `ratio` is what the other
 // lacks. The query, rotated in fp32, is rounded so that its norm times a key's cannot pass 2^31. Both errors are about
-// 2^-13 of an operand's norm, where rounding to bf16 costs 2^-9 of each element. Weights have 15 bits of a block's
+// 2^-13 of an operand's norm, where rounding to bf16 costs 2^-9 of each element. Where scores in the hundreds are
+// possible the former would show, and the group is multiplied in floating point. Weights have 15 bits of a block's
 // largest, also where bf16 has 8 of each. Values are taken as v + 128, which needs no sign; 128 times the weights is
 // taken off.
 //
@@ -40,11 +41,20 @@ constexpr int kKeyBits = 6;    // a rotated key is 2^6 of its int8 steps
 constexpr float kMostInt16 = 32767.0f;
 constexpr int kInt8Rows = 4;  // whose sums of 4 vectors each are in registers at once
 
+// The largest norm of a key's int8 steps: -128 may be among them.
+inline float key_norm(int64_t head_dim) {
+    return 128.0f * std::sqrt(static_cast<float>(head_dim));
+}
+
 // The largest norm of a rounded query: its sum of products with any key passes neither 2^31 nor, a dim at a time, 2^15.
 // Rounding both adds less than 0.2%.
 inline float most_query_norm(int64_t head_dim) {
-    const float key_norm = 127.0f * (1 << kKeyBits) * std::sqrt(static_cast<float>(head_dim));
-    return std::min(kMostInt16, 2147483647.0f / key_norm) / 1.002f;
+    return std::min(kMostInt16, 2147483647.0f / ((1 << kKeyBits) * key_norm(head_dim))) / 1.002f;
+}
+
+// Whether n int8 fill vectors of the widest kind; 32 bytes are taken where not.
+inline bool fills_widest(int64_t n) {
+    return n % kIntegerBytes == 0;
 }
 
 // Vectors of `Bytes` bytes, of whatever integers.
@@ -161,7 +171,7 @@ __attribute__((noinline)) void score_int8(const void* const* keys, int count, co
                                           float* scores, int64_t stride, Ahead ahead) {
     typedef Integers<Bytes> I;
     typedef typename I::Vector Vector;
-    typedef int32_t Sums __attribute__((vector_size(Bytes)));
+    typedef uint32_t Sums __attribute__((vector_size(Bytes)));
     constexpr int kTogether = 2, kCount = Bytes / 4;
     constexpr int64_t kHalf = Vectors * Bytes;
     for (int first = 0; first < count; first += kCount) {

@@ -25,6 +25,11 @@ inline int8_t quantise(float x, float inverse) {
     return scaled == scaled ? static_cast<int8_t>(std::clamp(scaled, -127.0f, 127.0f)) : int8_t{0};
 }
 
+inline float inverse_of(float scale) {
+    // A scale whose inverse is no number belongs to values too small for int8 steps: they become 0.
+    return scale >= 1.0f / std::numeric_limits<float>::max() ? 1.0f / scale : 0.0f;
+}
+
 // The scale that maps the largest magnitude to 127; a NaN where a value is not finite, so that reading shows it.
 struct Scale {
     float largest = 0.0f, poison = 0.0f;

@@ -77,6 +77,12 @@ inline vf vmax(vf a, vf b) {
 #endif
 }
 
+inline vf vsqrt(vf x) {
+    vf root;
+    for (int i = 0; i < kLanes; ++i) root[i] = __builtin_sqrtf(x[i]);
+    return root;
+}
+
 // Keeps x from becoming the memory operand of every instruction that uses it.
 inline vf in_register(vf x) {
 #if defined(__AVX512F__)
@@ -93,11 +99,6 @@ inline vf turned(vf v, int by) {
 inline float reduce_max(vf v) {
     for (int half = kLanes / 2; half; half /= 2) v = vmax(v, turned(v, half));
     return v[0];
-}
-
-// 1 / x; 0 where that is no number: x is too small to count.
-inline float inverse_of(float x) {
-    return x >= 1.0f / std::numeric_limits<float>::max() ? 1.0f / x : 0.0f;
 }
 
 // Asks for bytes [from, to) of a row, into L2: its queue of misses is longer than L1's, which a stream from memory

@@ -76,7 +76,7 @@ def advise_huge_pages(x: Tensor) -> bool:
 
     A decode reads gigabytes of a cache once: with 4 KiB pages it waits for their tables as well.
     """
-    if _native is None or x.device.type != "cpu" or not x.is_contiguous():
+    if _native is None or type(x) is not Tensor or x.device.type != "cpu" or not x.is_contiguous():
         return False
     return bool(_native.advise_huge_pages(x.data_ptr(), x.numel() * x.element_size()))
 
