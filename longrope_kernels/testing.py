@@ -281,6 +281,27 @@ def check_attention(attention: Attention, problem: Problem) -> None:
     assert_within_error_rule("lse", lse, plain_lse, exact_lse, floor + FLOOR_ULPS * 2.0**-23)
 
 
+def check_bad_query(attention: Attention, problem: Problem, bad: float, row: int = 0) -> None:
+    """A query that is not finite makes its row of out and lse not a number, and changes no bit of any other.
+
+    Args:
+        bad: what query `row` of the second head is filled with, in every sequence.
+    """
+
+    def results(query: Tensor) -> tuple[Tensor, Tensor]:
+        _, key, value = problem.operands
+        found: tuple[Tensor, Tensor] = attention(query, key, value, problem.scaling, return_lse=True, **problem.kwargs)
+        return found
+
+    spoilt = problem.query.clone()
+    spoilt[:, 1, row] = bad
+    hit = torch.zeros(spoilt.shape[:-1], dtype=torch.bool)
+    hit[:, 1, row] = True
+    for name, clean, found in zip(("out", "lse"), results(problem.query), results(spoilt), strict=True):
+        assert found[hit].isnan().all(), f"{name}: a number in the row of a query that is none"
+        assert torch.equal(found[~hit], clean[~hit]), f"{name}: another row has changed"
+
+
 def check_gradients(attention: Attention, problem: Problem) -> None:
     """Gradients of query, key and value, through out and lse, obey the error rule against float64."""
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ import torch
 from levels import every_backend_and_level
 
 import longrope_kernels as lk
+from longrope_kernels import testing
 
 SCALING = lk.RopeScaling(head_dim=64, theta=1e4, rescale_factors=[1.0 + i / 8 for i in range(32)], start_tokens=5)
 BAD = [float("nan"), float("inf"), float("-inf")]
@@ -22,16 +23,8 @@ def operands(dtype, queries, keys):
 @pytest.mark.parametrize(("queries", "keys"), [(1, 40), (1, 2100), (8, 8), (70, 70)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_query_that_is_not_finite_makes_its_row_not_a_number(backend, cpu_level, dtype, queries, keys, softcap, bad):
-    query, key, value = operands(dtype, queries, keys)
-    clean, clean_lse = lk.attention(query, key, value, SCALING, softcap=softcap, return_lse=True, backend=backend)
-    query[:, 1, queries // 2] = bad
-    out, lse = lk.attention(query, key, value, SCALING, softcap=softcap, return_lse=True, backend=backend)
-    hit = torch.zeros(1, 4, queries, dtype=torch.bool)
-    hit[:, 1, queries // 2] = True
-    assert out[hit].isnan().all()
-    assert lse[hit].isnan().all()
-    assert torch.equal(out[~hit], clean[~hit])
-    assert torch.equal(lse[~hit], clean_lse[~hit])
+    problem = testing.Problem(*operands(dtype, queries, keys), SCALING, {"softcap": softcap, "backend": backend})
+    testing.check_bad_query(lk.attention, problem, bad, row=queries // 2)
 
 
 @every_backend_and_level

@@ -682,7 +682,7 @@ class Decoder {
             take_scales(w, key);
             return w.group_in_integers ? kDecodeMostKeys : kDecodeKeys;
         };
-        for (int64_t key = first / size_of_block(first) * size_of_block(first); key < last;) {
+        for (int64_t key = first - first % size_of_block(first); key < last;) {
             const bool base = key < start;
             const int64_t size = size_of_block(key);
             int64_t end = std::min((key / size + 1) * size, length);

@@ -60,16 +60,8 @@ def test_what_is_not_finite_poisons_its_scale(emulated, quantised):
 @pytest.mark.parametrize("queries", [1, 40])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_make_their_rows_not_a_number(emulated, queries, bad):
-    query, key, value = operands(1, (4, 2), (queries, 600))
-    clean, clean_lse = lk.attention(query, key, value, PLAIN, return_lse=True, backend="cuda")
-    query[0, 1, 0] = bad
-    out, lse = lk.attention(query, key, value, PLAIN, return_lse=True, backend="cuda")
-    hit = torch.zeros(1, 4, queries, dtype=torch.bool)
-    hit[0, 1, 0] = True
-    assert out[hit].isnan().all()
-    assert lse[hit].isnan().all()
-    assert torch.equal(out[~hit], clean[~hit])
-    assert torch.equal(lse[~hit], clean_lse[~hit])
+    problem = testing.Problem(*operands(1, (4, 2), (queries, 600)), PLAIN, {"backend": "cuda"})
+    testing.check_bad_query(lk.attention, problem, bad)
 
 
 def test_fp8_conversions_are_those_of_torch(emulated):
