@@ -20,7 +20,7 @@ from .progress import clock, console, say, waiting
 from .team import rank
 from .tune.memory import GIB, Shape, share_of_memory
 
-TRAINING_FORWARDS = 4  # a step costs its forward, the forward again (checkpointing), and a backward of twice that
+TRAINING_FORWARDS = 3  # a step costs its forward and a backward of twice that
 SHORTEST_TIMED, ENOUGH_SECONDS = 512, 2.0
 
 
@@ -35,6 +35,7 @@ class Stage:
         sequences: forwards, or training sequences, of that length, at most.
         limit: seconds after which it stops, or None.
         screens: forwards of a search's screens, by their length.
+        recompute: of a training, a second forward in the backward pass.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stage:
     sequences: int
     limit: float | None = None
     screens: Mapping[int, int] = field(default_factory=dict)
+    recompute: bool = False
 
     @classmethod
     def search(cls, name: str, kind: str, forwards: Mapping[int, int], limit: float | None) -> Stage:
@@ -125,7 +127,7 @@ def forward_bytes(loaded: LoadedModel, tokens: int) -> int:
 def seconds_of(stage: Stage, pace: Pace, ranks: int = 1) -> float:
     """Estimate a stage whose sequences are shared out between ranks."""
     seconds = sum(math.ceil(count / ranks) * pace.seconds(length) for length, count in stage.forwards.items())
-    seconds *= TRAINING_FORWARDS if stage.kind == "tune" else 1
+    seconds *= TRAINING_FORWARDS + stage.recompute if stage.kind == "tune" else 1
     return seconds if stage.limit is None else min(seconds, stage.limit / ranks)
 
 

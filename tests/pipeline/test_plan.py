@@ -36,10 +36,11 @@ def test_no_part_of_a_noisy_pace_is_negative() -> None:
     assert 0 < fast_long.seconds(100) < fast_long.seconds(1000)
 
 
-def test_training_costs_four_forwards() -> None:
+@pytest.mark.parametrize(("recompute", "forwards"), [(False, 3), (True, 4)])
+def test_training_costs_a_forward_more_where_activations_are_computed_again(recompute: bool, forwards: int) -> None:
     pace = Pace(1e-3, 0.0)
-    train, read = (plan.seconds_of(Stage("a", kind, 512, 10), pace) for kind in ("tune", "search"))
-    assert train == pytest.approx(4 * read) == pytest.approx(4 * 5.12)
+    train, read = (plan.seconds_of(Stage("a", kind, 512, 10, recompute=recompute), pace) for kind in ("tune", "search"))
+    assert train == pytest.approx(forwards * read) == pytest.approx(forwards * 5.12)
 
 
 def test_ranks_share_out_the_sequences_and_the_time_a_search_may_take() -> None:

@@ -18,12 +18,12 @@ import tiny
 import torch
 from conftest import Finished
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import longrope_kernels as lk
 from longrope import cli, data, factors, models
 from longrope.errors import PipelineError, UsageError
-from longrope.tune import TuneSettings, checkpoint
+from longrope.tune import TuneSettings, checkpoint, memory
 from longrope.tune.prepare import check_tensorboard
 from longrope.tune.stage import run_tuning
 
@@ -175,6 +175,25 @@ def test_killed_at_the_worst_moments_it_gives_the_same_bits(
     again = command(*asked, folder)
     assert again.code == 0
     assert steps(folder) == steps(tuned), "a finished training is not done again"
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_activations_computed_again_give_the_bits_of_activations_kept(
+    asked: list[str], tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    enabled = []
+    monkeypatch.setattr(memory, "recomputes", lambda *arguments: recompute)
+    real = LlamaForCausalLM.activation_checkpointing_enable
+    monkeypatch.setattr(
+        LlamaForCausalLM,
+        "activation_checkpointing_enable",
+        lambda self, *arguments, **named: (enabled.append(self), real(self, *arguments, **named)),
+    )
+    cli.main([*asked, str(tmp_path / "run")])
+    assert bool(enabled) == recompute
+    assert steps(tmp_path / "run") == steps(tuned)
+    expected, found = weights(tuned), weights(tmp_path / "run")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_nothing_in_a_checkpoint_is_pickled(stopped: Path) -> None:

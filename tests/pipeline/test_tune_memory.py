@@ -36,6 +36,7 @@ def bytes_of(name: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+@pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "length", "sizes"),
     [
@@ -52,7 +53,9 @@ def bytes_of(name: str) -> int:
         ("bf16", 1024, {"vocab_size": 16384}),  # logits
     ],
 )
-def test_what_is_foreseen_is_about_what_is_used(dtype: str, length: int, sizes: dict[str, int]) -> None:
+def test_what_is_foreseen_is_about_what_is_used(
+    dtype: str, length: int, sizes: dict[str, int], recompute: bool
+) -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 1 << 18)  # tensors this small are mapped by themselves, as those of real models are
     gc.collect()
@@ -60,7 +63,8 @@ def test_what_is_foreseen_is_about_what_is_used(dtype: str, length: int, sizes: 
     before = bytes_of("VmRSS")
     model = build(**sizes)
     enable(model)
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     settings = TuneSettings(length=length, steps=1, dtype=dtype)
     loss, optimizer = CausalLoss(model), torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(256, (1, length))
@@ -72,7 +76,7 @@ def test_what_is_foreseen_is_about_what_is_used(dtype: str, length: int, sizes: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # as while gradients of several forwards are summed
     used = bytes_of("VmHWM") - before
-    found = memory.foreseen(memory.Shape.of(model), settings)
+    found = memory.foreseen(memory.Shape.of(model), settings, recompute=recompute)
     assert 0.9 * (used - CONSTANT) <= found.total <= 1.4 * used, (found.describe(), used / memory.GIB)
 
 
@@ -96,6 +100,15 @@ def test_what_is_said_to_fit_fits() -> None:
     assert memory.longest_that_fits(LLAMA2_7B, settings, memory.GIB) is None
     with pytest.raises(PipelineError, match="would fit: nothing of this model"):
         memory.check(LLAMA2_7B, settings, memory.GIB)
+
+
+def test_activations_are_kept_where_half_of_the_memory_holds_all() -> None:
+    settings = TuneSettings(length=4096, steps=1, dtype="bf16")
+    kept = memory.foreseen(LLAMA2_7B, settings, recompute=False)
+    assert kept.kept > 0 == kept.checkpoints
+    assert kept.total > memory.foreseen(LLAMA2_7B, settings).total
+    assert not memory.recomputes(LLAMA2_7B, settings, 2 * kept.total)
+    assert memory.recomputes(LLAMA2_7B, settings, 2 * kept.total - 2)
 
 
 def test_ranks_share_the_frozen_weights_of_adapters() -> None:

@@ -27,8 +27,9 @@ from ..search.readjust import LADDER_FILE, RESULT_FILE, run_readjustment
 from ..search.seeds import BLENDS, baselines
 from ..search.stage import WINNER_FILE, counts, evolution_settings, planned_search, run_search
 from ..team import rank
+from ..tune import memory
 from ..tune.data import Segments
-from ..tune.memory import Shape, foreseen
+from ..tune.memory import Shape
 from ..tune.prepare import compute_dtype, resolve
 from ..tune.settings import TuneSettings
 from ..tune.stage import FORMAT as TUNED
@@ -90,7 +91,10 @@ class Extension:
             proofs = PROVED * len(split.heldout)
             return Stage(name, kind, length, planned[length] + proofs, budget.seconds)
 
-        plan = [Stage(f"tune-{length}", "tune", length, steps * self.settings.batch) for length, steps in recipe.tune]
+        plan = [
+            Stage(f"tune-{length}", "tune", length, steps * self.settings.batch, recompute=self.recomputes(length))
+            for length, steps in recipe.tune
+        ]
         if recipe.searched:
             plan = [*(search(f"search-{length}", "search", length, self.budget) for length, _ in recipe.tune), *plan]
             if again:
@@ -123,10 +127,19 @@ class Extension:
         return data.training(self.context.request.text, self.context.split.texts)
 
     def training_bytes(self, stage: Stage) -> int:
-        loaded = self.context.loaded
-        dtype = compute_dtype(self.settings.dtype, loaded.dtype)
-        settings = dataclasses.replace(self.settings_of(stage.length), dtype=dtype)
-        return foreseen(Shape.of(loaded.model), settings, rank()[1]).total
+        shape, settings = Shape.of(self.context.loaded.model), self.complete_settings_of(stage.length)
+        return memory.foreseen(shape, settings, rank()[1], recompute=stage.recompute).total
+
+    def recomputes(self, length: int) -> bool:
+        """Return whether the fine-tuning at a length computes its activations twice, see `tune.memory`."""
+        shape, ranks = Shape.of(self.context.loaded.model), rank()[1]
+        available = memory.share_of_memory(shape.weight_bytes, ranks)
+        return memory.recomputes(shape, self.complete_settings_of(length), available, ranks)
+
+    def complete_settings_of(self, length: int) -> TuneSettings:
+        """Return the same as `settings_of`, with the dtype said."""
+        dtype = compute_dtype(self.settings.dtype, self.context.loaded.dtype)
+        return dataclasses.replace(self.settings_of(length), dtype=dtype)
 
     def settings_of(self, length: int) -> TuneSettings:
         """Return the settings of the fine-tuning at a length."""

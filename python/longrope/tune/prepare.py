@@ -42,12 +42,16 @@ def resolve(settings: TuneSettings, loaded: models.LoadedModel, rope: lk.LongRop
     return dataclasses.replace(settings, dtype=dtype, short_length=short if settings.short_share else None)
 
 
-def check_memory(model: Any, settings: TuneSettings, overcommit: bool, count: int = 1) -> None:
-    """Say what memory is foreseen; refuse where there is less."""
+def check_memory(model: Any, settings: TuneSettings, overcommit: bool, count: int = 1) -> bool:
+    """Say what memory is foreseen; refuse where there is less. Return whether activations are to be recomputed."""
     shape = memory.Shape.of(model)
     available = memory.share_of_memory(shape.weight_bytes, count)
-    wanted = memory.foreseen(shape, settings, count) if overcommit else memory.check(shape, settings, available, count)
+    if not overcommit:
+        memory.check(shape, settings, available, count)
+    recompute = memory.recomputes(shape, settings, available, count)
+    wanted = memory.foreseen(shape, settings, count, recompute=recompute)
     say(f"memory foreseen: {wanted.describe()}, of {memory.said(available)}")
+    return recompute
 
 
 def rows(tokenizer: Any, documents: Iterable[Document], settings: TuneSettings) -> Segments | MixedWindows:

@@ -103,7 +103,9 @@ def run_tuning(
         start = ranks.agreed(start, args.device)
         if start < settings.steps or not (folder / "tune.json").is_file():
             training = _Training(loaded, rope, settings, sequences, args, folder, digest(asked))
-            check_memory(loaded.model, settings, overcommit, count)
+            training.recompute = bool(
+                ranks.agreed(check_memory(loaded.model, settings, overcommit, count), args.device)
+            )
             training.train(start, None if run is None else run.evaluations, tensorboard)
             if run is not None:
                 training.finish(run)
@@ -141,6 +143,7 @@ class _Training:
     args: TrainingArguments
     folder: Path
     fingerprint: str
+    recompute: bool = True
 
     def train(self, start: int, log: EvaluationLog | None, tensorboard: bool) -> None:
         """Train from step `start` to the end, and leave the tuned weights in the model.
@@ -155,7 +158,8 @@ class _Training:
         if adapters is None:
             cast(model, dict.fromkeys(dtypes, torch.float32))
         enable(model, training_rope(self.rope, self.settings))
-        model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        if self.recompute:
+            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         trained = CausalLoss(model)
         if self.args.world_size > 1:
             ranks.shard(trained, self.args.device)
