@@ -1,8 +1,29 @@
-"""The instruction set of the CPU kernels, for the tests that `levels` marks."""
+"""The instruction set of the CPU kernels, for the tests that `levels` marks; the order of files."""
 
 import pytest
 
 from longrope_kernels.backends import cpu
+
+# `make test` deals files out to processes: the longest first, so that none is left alone with one at the end.
+LONGEST = (
+    "test_triton.py",
+    "test_progressive.py",
+    "test_progressive_ranks.py",
+    "test_hopper_backward.py",
+    "test_bench_gpu.py",
+    "test_large.py",
+    "test_conformance.py",
+    "test_cache.py",
+    "test_team.py",
+    "test_evaluate_measure.py",
+    "test_tune_ranks.py",
+    "test_processes.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True)

@@ -99,8 +99,8 @@ PRESETS = {
             "readjust": (512, 1024),
         },
         budget=240,
-        last_budget=36,
-        passkey_depths=(0.1, 0.5, 0.9),
+        last_budget=24,
+        passkey_depths=(0.5,),
     ),
 }
 
