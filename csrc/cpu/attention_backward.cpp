@@ -176,6 +176,13 @@ struct HeadTask {
         packed.pack_keys(rows.get(), d, values_as_keys.get());
     }
 
+    static vf exponential(vf x) {
+#if defined(__AVX512BF16__)
+        if constexpr (Math::kStep == 2) return exp2_for_bf16(x);
+#endif
+        return exp2v(x);
+    }
+
     // P and dS of a strip of rows, into the panels and rows that the three products over them read.
     void strip_gradients(int64_t first_row, int strip, int64_t first_key, int begin, int end) {
         const vi lane = iota();
@@ -192,7 +199,7 @@ struct HeadTask {
                         x = tanhv(x * (f.scale / f.softcap));
                         slope *= 1.0f - x * x;
                     }
-                    vf weight = exp2v((x * factor - lse[row]) * kLog2E);  // lse in base 2 would be rounded once more
+                    vf weight = exponential((x * factor - lse[row]) * kLog2E);  // lse in base 2 is rounded once more
                     const int64_t from = low[row] - first_key, to = high[row] - first_key;
                     if (c < from || c + kLanes > to) {
                         const vi column = lane + c;

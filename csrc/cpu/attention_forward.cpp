@@ -108,6 +108,8 @@ __attribute__((noinline)) void softmax_strip(const AttentionParams& p, Workspace
                                              int64_t first_key, int begin, int end, float* scales) {
     const vi lane = iota();
     const float multiplier = log2_multiplier(p), cap = p.softcap * kLog2E;
+    float shifts[kTileRows];
+    // All maxima first: the last steps of each wait for one another, and those of other rows fill the time.
     for (int r = 0; r < kTileRows; ++r) {
         const int row = first_row + r;
         float* scores = w.scores.get() + r * kKeyBlock;
@@ -129,9 +131,12 @@ __attribute__((noinline)) void softmax_strip(const AttentionParams& p, Workspace
         const float before = w.largest[row];
         const float now = std::max(before, reduce_max(top));
         w.largest[row] = now;
-        const float shift = now == -kInfinity ? 0.0f : now;
-        const float scale = before == -kInfinity ? 0.0f : exp2v(splat((before - shift) * multiplier))[0];
-        scales[r] = scale;
+        shifts[r] = now == -kInfinity ? 0.0f : now;
+        scales[r] = before == -kInfinity ? 0.0f : exp2v(splat((before - shifts[r]) * multiplier))[0];
+    }
+    for (int r = 0; r < kTileRows; ++r) {
+        const float* scores = w.scores.get() + r * kKeyBlock;
+        const float shift = shifts[r];
         vf sum = splat(0.0f);
         if constexpr (Math::kStep == 1) {
             float* to = w.probabilities.get() + r * kKeyBlock;
@@ -143,16 +148,18 @@ __attribute__((noinline)) void softmax_strip(const AttentionParams& p, Workspace
         } else {
 #if defined(__AVX512BF16__)
             uint16_t* to = reinterpret_cast<uint16_t*>(w.probabilities.get()) + r * kKeyBlock;
+            const float offset = -shift * multiplier;
             for (int c = begin; c < end; c += 2 * kLanes) {
-                const vf x = exp2v((load<vf>(scores + c) - shift) * multiplier);
-                const vf y = exp2v((load<vf>(scores + c + kLanes) - shift) * multiplier);
+                const vf x = exp2_for_bf16(load<vf>(scores + c) * multiplier + offset);
+                const vf y = exp2_for_bf16(load<vf>(scores + c + kLanes) * multiplier + offset);
                 sum += x;
                 sum += y;
                 store(to + c, (__m512i)_mm512_cvtne2ps_pbh(y, x));
             }
 #endif
         }
-        store(w.sums[row], load<vf>(w.sums[row]) * scale + sum);
+        float* sums = w.sums[first_row + r];
+        store(sums, load<vf>(sums) * scales[r] + sum);
     }
 }
 

@@ -112,16 +112,27 @@ inline float reduce_add(vf v) {
     return v[0];
 }
 
-// 2^x for x <= 127, to 1.5e-7 relative; 0 below -126 and at -inf; not a number of what is none, and of +inf.
+#if defined(__AVX512DQ__)
+// 2^x as 2^floor(x) times a polynomial of the rest, in [0, 1): an instruction for each end, which take infinities too.
+template <int Degree>
+inline vf exp2_by(vf x, const float (&coefficients)[Degree + 1]) {
+    const vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    vf p = splat(coefficients[Degree]);
+#pragma GCC unroll 8
+    for (int i = Degree - 1; i >= 0; --i) p = p * f + coefficients[i];
+    return _mm512_scalef_ps(p, x);
+}
+#endif
+
+// 2^x for x <= 127, to 2e-7 relative; 0 far below and at -inf; not a number of what is none.
 inline vf exp2v(vf x) {
-    const vf clamped = vmax(splat(-200.0f), x);  // in this order a NaN stays one
-#if defined(__AVX512F__)
-    const vf whole = _mm512_roundscale_ps(clamped, 0);
+#if defined(__AVX512DQ__)
+    return exp2_by<5>(x, {0.99999994f, 0.69315308f, 0.24015361f, 0.055826318f, 0.0089893397f, 0.0018775767f});
 #else
-    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const vf clamped = vmax(splat(-200.0f), x);  // in this order a NaN stays one
+    const vf magic = splat(12582912.0f);         // 1.5 * 2^23: adding it rounds to an integer
     const vf shifted = clamped + magic;
     const vf whole = shifted - magic;
-#endif
     const vf f = clamped - whole;
     vf p = splat(0.0013264727252628313f);
     p = p * f + 0.00967151278577525f;
@@ -129,9 +140,6 @@ inline vf exp2v(vf x) {
     p = p * f + 0.24022242083111842f;
     p = p * f + 0.6931469775976784f;
     p = p * f + 1.0f;
-#if defined(__AVX512F__)
-    return _mm512_scalef_ps(p, whole);
-#else
     vi bits, exponent;
     std::memcpy(&bits, &p, sizeof bits);
     std::memcpy(&exponent, &shifted, sizeof exponent);
@@ -140,6 +148,13 @@ inline vf exp2v(vf x) {
     return x >= -126.0f ? (x < 128.0f ? p : f) : x < -126.0f ? splat(0.0f) : x;
 #endif
 }
+
+#if defined(__AVX512BF16__)
+// The same to 3e-6, for what is then rounded to bf16, whose steps are 4e-3.
+inline vf exp2_for_bf16(vf x) {
+    return exp2_by<4>(x, {1.0000026f, 0.69300383f, 0.24144275f, 0.05201146f, 0.013534168f});
+}
+#endif
 
 // tanh to 2e-7 absolute and relative: 1 - 2 / (e^2x + 1) away from zero, a polynomial near it.
 inline vf tanhv(vf x) {

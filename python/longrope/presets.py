@@ -99,8 +99,7 @@ PRESETS = {
             "readjust": (512, 1024),
         },
         budget=240,
-        last_budget=24,
-        passkey_depths=(0.5,),
+        last_budget=20,
     ),
 }
 
