@@ -98,7 +98,7 @@ PRESETS = {
             "tune_warmup": 10,
             "readjust": (512, 1024),
         },
-        budget=240,
+        budget=180,
         last_budget=20,
     ),
 }
