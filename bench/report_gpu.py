@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longrope_kernels.backends.triton import plans, plans_backward
-from longrope_kernels.backends.triton.launch import Launch
+from longrope_kernels.backends.triton.launch import BLACKWELL, TRITON, Launch
 from longrope_kernels.bundles import KEY_GROUP, Geometry, Packing, Pages, Rotation
 
 TARGETS = {
@@ -39,6 +39,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+if TRITON < BLACKWELL:
+    del TARGETS["sm_100"]
 TILES_OF = {"sm_89": GPUTarget("cuda", 89, 32)}  # chips with the configurations of another target
 # Shared memory that one program may have, in bytes.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -188,10 +190,8 @@ def compile_launch(launch: Launch, target: str) -> Any:
         divides = isinstance(value, torch.Tensor) or (isinstance(value, (int, float)) and value % 16 == 0)
         if parameter.name not in constants and divides:
             aligned.append(parameter.name)
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-    return triton.compile(
-        _source(launch.kernel, types, constants, aligned), target=(TARGETS | TILES_OF)[target], options=options
-    )
+    source = _source(launch.kernel, types, constants, aligned)
+    return triton.compile(source, target=(TARGETS | TILES_OF)[target], options=launch.options)
 
 
 def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: list[str]) -> ASTSource:
@@ -392,6 +392,8 @@ def main() -> None:
     parser.add_argument("--op", choices=OPS, help="one op only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers side by side")
     arguments = parser.parse_args()
+    if TRITON < BLACKWELL:
+        print(f"sm_100 is left out: Triton {triton.__version__} does not know it", file=sys.stderr)
     cases = quick_cases() if arguments.quick else all_cases()
     wanted = (c for c in cases if arguments.target in (None, c.target) and arguments.op in (None, c.op))
     rows = []

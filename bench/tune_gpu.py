@@ -216,7 +216,7 @@ def main() -> int:
     """Tune what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=configs.KERNELS, help="one kernel only")
-    parser.add_argument("--target", choices=configs.TARGETS[:-1], help="with --compile-only: one target only")
+    parser.add_argument("--target", choices=list(report_gpu.TARGETS), help="with --compile-only: one target only")
     parser.add_argument("--bits", choices=list(DTYPES), help="one size of an element only")
     parser.add_argument("--width", choices=[str(width) for width in configs.WIDTHS], help="one head width only")
     parser.add_argument("--minutes", type=float, default=60.0, help="try nothing further after this")
@@ -234,7 +234,8 @@ def main() -> int:
         target, cost, margin = target_of(torch.device("cuda")), measured_cost, 0.02
         target = configs.TILES_OF.get(target, target)
     table = configs.table()
-    places = list(entries(table, kernel=arguments.kernel, target=target, bits=arguments.bits, width=arguments.width))
+    wanted = entries(table, kernel=arguments.kernel, target=target, bits=arguments.bits, width=arguments.width)
+    places = [entry for entry in wanted if entry.target in report_gpu.TARGETS]
     changes = tune(table, places, cost, margin, arguments.minutes)
     print(f"{len(places)} entries, {len(changes)} changed")
     if changes and not arguments.dry_run:

@@ -14,7 +14,7 @@ from longrope_kernels.bundles import KEY_GROUP
 
 pytest.importorskip("triton")
 
-from longrope_kernels.backends.triton import configs
+from longrope_kernels.backends.triton import configs, launch
 
 INTERPRETED = pathlib.Path(__file__).with_name("test_triton_interpreter.py")
 
@@ -54,6 +54,17 @@ def test_without_a_gpu_it_says_why():
     q = torch.randn(1, 1, 2, 32)
     with pytest.raises(lk.BackendUnavailableError, match="TRITON_INTERPRET"):
         lk.attention(q, q, q, backend="triton")
+
+
+def test_a_triton_that_does_not_know_the_gpu_says_which_does(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    monkeypatch.setattr(launch, "TRITON", (3, 3))
+    assert backends.unavailable_reason("triton") is None
+    monkeypatch.setattr(launch, "TRITON", (3, 2))
+    assert "Triton 3.2 knows no GPU of compute capability 12, expected 3.3" in backends.unavailable_reason("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert backends.unavailable_reason("triton") is None
 
 
 def test_is_first_for_gpu_tensors():

@@ -37,14 +37,20 @@ def unavailable_reason() -> str | None:
     """Return what is missing, triton or a GPU, or None."""
     if _missing():
         return _missing()
-    from .launch import interpreting
+    from . import launch
 
-    if interpreting():
+    if launch.interpreting():
         return None
     if not torch.cuda.is_available():
         return "no GPU that torch can use, and TRITON_INTERPRET is not set"
-    if not torch.version.hip and torch.cuda.get_device_capability()[0] < 8:
+    if torch.version.hip:
+        return None
+    generation = torch.cuda.get_device_capability()[0]
+    if generation < 8:
         return "the GPU is older than Ampere"
+    if generation >= 10 and launch.TRITON < launch.BLACKWELL:
+        had, needed = (".".join(map(str, version)) for version in (launch.TRITON, launch.BLACKWELL))
+        return f"Triton {had} knows no GPU of compute capability {generation}, expected {needed} or newer"
     return None
 
 

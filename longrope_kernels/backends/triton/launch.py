@@ -18,6 +18,9 @@ import triton
 
 from .configs import Config
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+BLACKWELL = (3, 3)  # the first Triton whose assembler knows GPUs of compute capability 10 and up
+
 
 @dataclass
 class Launch:
@@ -39,12 +42,17 @@ class Launch:
         """Name of the kernel's function."""
         return self.kernel.__name__
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's. Products fuse into sums whatever the environment or a later Triton (3.10) has as default."""
+        return {"num_warps": self.config.warps, "num_stages": self.config.stages, "enable_fp_fusion": True}
+
     def run(self) -> None:
         """Launch on the current device."""
         if 0 in self.grid:
             return
         _debug(self.name, self.config)
-        self.kernel[self.grid](**self.arguments, num_warps=self.config.warps, num_stages=self.config.stages)
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @functools.cache
