@@ -99,7 +99,7 @@ def gathered(pages: Pages, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     page = pages.block_table.long()[:, index // pages.page_tokens]  # [B, T]
     slot = (index % pages.page_tokens).expand_as(page)
     page = torch.where(index < pages.length.unsqueeze(1), page, 0)
-    key, value = (x[page, :, slot].transpose(1, 2).to(dtype) for x in (pages.key, pages.value))
+    key, value = (_at(x, page, slot).transpose(1, 2).to(dtype) for x in (pages.key, pages.value))
     if pages.key_scale is None:
         return key, value
     assert pages.value_scale is not None
@@ -109,6 +109,12 @@ def gathered(pages: Pages, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     waiting = index >= (pages.length // KEY_GROUP * KEY_GROUP).unsqueeze(1)  # keys of the group that is not whole
     tail = pages.key_tail[:, :, index % KEY_GROUP].to(key.dtype)
     return torch.where(waiting[:, None, :, None], tail, key).to(dtype), value.to(dtype)
+
+
+def _at(pages: Tensor, page: Tensor, slot: Tensor) -> Tensor:
+    """Return pages[page, :, slot]. Old releases of torch (2.9 is one) index no fp8 on the CPU: its bytes are indexed."""
+    stored = pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
+    return stored[page, :, slot].view(pages.dtype)
 
 
 def attention_paged(
