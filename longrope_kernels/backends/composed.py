@@ -112,7 +112,7 @@ def gathered(pages: Pages, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _at(pages: Tensor, page: Tensor, slot: Tensor) -> Tensor:
-    """Return pages[page, :, slot]. Old releases of torch (2.9 is one) index no fp8 on the CPU: its bytes are indexed."""
+    """Return pages[page, :, slot]. Up to torch 2.9 at least, fp8 is not indexed on the CPU: its bytes are."""
     stored = pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
     return stored[page, :, slot].view(pages.dtype)
 
