@@ -270,6 +270,13 @@ def test_a_forward_somebody_wrapped_is_left_alone() -> None:
     assert attention.forward is wrapped
 
 
+# Those of transformers read `func.__code__.co_varnames`, which dynamo of torch 2.6 does not follow; that of 2.9 does.
+compiles_models = pytest.mark.xfail(
+    torch.__version__ < (2, 9), raises=torch._dynamo.exc.Unsupported, reason="dynamo stops in transformers' own code"
+)
+
+
+@compiles_models
 @torch.no_grad()
 def test_an_enabled_model_compiles_without_a_graph_break() -> None:
     ids, mask = tokens(2, 20), padding(20, left=[0, 4], right=[0, 0])
@@ -282,6 +289,7 @@ def test_an_enabled_model_compiles_without_a_graph_break() -> None:
             compiled(ids, mask.index_fill(1, torch.tensor([7]), 0))
 
 
+@compiles_models
 def test_generate_compiles_with_a_static_cache() -> None:
     stock, ours = pair("gemma2")
     compiling = hf.CompileConfig(backend="eager", mode=None, fullgraph=True)
