@@ -40,7 +40,7 @@ def _left_out() -> dict[str, str]:
     reasons = {}
     if TRITON < BLACKWELL:
         reasons["sm_100"] = f"Triton {triton.__version__} does not know it"
-    # Up to 3.3 Triton links with an ld.lld of ROCm; later ones bring their own.
+    # Triton 3.2 and 3.3 link with an ld.lld of ROCm; 3.5 brings its own.
     if hasattr(HIPBackend, "path_to_rocm_lld"):
         try:
             HIPBackend.path_to_rocm_lld()
