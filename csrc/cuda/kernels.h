@@ -58,11 +58,11 @@ void prepare_queries(const AttentionParams& params, const Operand& rotated, Stre
 // Fills `scratch.delta`; a part of both kernels below.
 void attention_delta(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream);
 
-// Gradients of attention up to head_dim 128; `grad_inv_freq` of `params` is not written, its parts are.
+// Gradients of attention; `grad_inv_freq` of `params` is not written, its parts are.
 constexpr int kBackwardRows = 64, kBackwardKeys = 64;
 void attention_backward_sm80(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream);
-// The same on Hopper; `query_tokens` and `key_tokens` are how many tokens a sequence's, or a packed batch's, queries
-// and keys have room for.
+// The same on Hopper, up to head_dim 128; `query_tokens` and `key_tokens` are how many tokens a sequence's, or a packed
+// batch's, queries and keys have room for.
 void attention_backward_sm90(const AttentionBackwardParams& params, const BackwardScratch& scratch,
                              int64_t query_tokens, int64_t key_tokens, Stream stream);
 

@@ -215,6 +215,13 @@ inline void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+inline int shared_limit() {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), "the current device");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "a block's shared memory");
+    return bytes;
+}
+
 // Runs `kernel` on `blocks` blocks; none for 0.
 template <class Kernel, class Params>
 void launch(Kernel kernel, int64_t blocks, int threads, int shared_bytes, const Params& params, Stream stream) {

@@ -116,6 +116,7 @@ class Machine {
     SharedMemory shared;
     Counters counters;
     Era era = 1;
+    int shared_limit = 227 << 10;  // bytes that a block may have, as on sm_90
 
   private:
     struct Copy {

@@ -1,4 +1,5 @@
-// Gradients of attention for Ampere and newer, up to head_dim 128; the same bits in every run.
+// Gradients of attention for Ampere and newer, up to head_dim 128; the same bits in every run. Above that:
+// attention_backward_wide.cu.
 //
 //     P = 2^(S - lse)    dP = dO v^T    dS = P (dP - delta)    dq = dS k    dk = dS^T q    dv = P^T dO
 //
@@ -16,20 +17,13 @@
 // to a multiprocessor overlap them.
 #include <cstring>
 
-#include "../kernels.h"
-#include "../queries.cuh"
-#include "../softmax.cuh"
+#include "gradients.cuh"
 
 namespace longrope {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = kBackwardRows, kKeys = kBackwardKeys;
 static_assert(kRows == 16 * kWarps && kKeys == 16 * kWarps, "a warp takes 16 rows or keys");
-
-struct BackwardLaunch {
-    AttentionBackwardParams params;
-    BackwardScratch scratch;
-};
 
 template <int kHeadDim>
 struct Shape {
@@ -67,72 +61,20 @@ LONGROPE_DEVICE RowInfo load_row_info(SharedAddress base, int row) {
 // P and dS of one score; `score` and `grad` become them.
 LONGROPE_DEVICE void turn_into_gradients(float& score, float& grad, const RowInfo& row, int key,
                                          const ScoreScale& scale, float slope) {
-    if (scale.capped()) {
-        const float bounded = tanh_fast(score * scale.cap_slope);
-        score = bounded * scale.cap_log2;
-        slope *= 1.0f - bounded * bounded;
-    } else {
-        score *= scale.scale_log2;
-    }
+    const float weight = probability(score, row.lse, scale, slope);
     const bool seen = key >= row.low && key < row.high;
-    score = seen ? exp2_fast(score - row.lse) : 0.0f;
-    grad = seen ? score * (grad - row.delta) * slope : 0.0f;
+    score = seen ? weight : 0.0f;
+    grad = seen ? weight * (grad - row.delta) * slope : 0.0f;
 }
 
-// left[16 rows of a warp] times right^T: 16 rows of sums, as many columns as `right` has rows.
-template <class T, int kSteps, int kTiles, class LeftTile, class RightTile>
-LONGROPE_DEVICE void multiply_rows(float (&sums)[kTiles][4], LeftTile left, RightTile right) {
-    static_assert(8 * kTiles == RightTile::kRows, "a column of sums for every row");
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-        uint32_t a[4], both[4], b[2];
-        load_left(a, left, 16 * warp_index(), step);
-#pragma unroll
-        for (int j = 0; j < kTiles / 2; ++j) {
-            load_right(both, right, 16 * j, step);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                right_half(b, both, half);
-                multiply_add<T>(sums[2 * j + half], a, b);
-            }
-        }
-    }
+// The operand that a warp's 16 rows of a tile are, and the one that 16 columns of its sums are.
+template <class TileT>
+LONGROPE_DEVICE auto rows_of_warp(TileT tile) {
+    return [tile](uint32_t (&a)[4], int step) { load_left(a, tile, 16 * warp_index(), step); };
 }
-
-// weights[16 rows, as sums] times right: 16 x head_dim sums.
-template <class T, int kSteps, int kTiles, class TileT>
-LONGROPE_DEVICE void multiply_weights(float (&sums)[2 * kSteps][4], const float (&weights)[kTiles][4], TileT right) {
-#pragma unroll
-    for (int j = 0; j < kTiles / 2; ++j) {
-        uint32_t a[4];
-        probabilities_left<T>(a, weights[2 * j], weights[2 * j + 1]);
-#pragma unroll
-        for (int n = 0; n < kSteps; ++n) {
-            uint32_t both[4], b[2];
-            load_right_transposed(both, right, 16 * j, n);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                right_half(b, both, half);
-                multiply_add<T>(sums[2 * n + half], a, b);
-            }
-        }
-    }
-}
-
-// Starts copying the rows of a block, or zeros, from an operand like the query.
-template <class T, class TileT>
-LONGROPE_DEVICE void copy_rows(const Operand& x, const Sequence& s, const RowMap& map, int64_t first, int count,
-                               TileT tile, int head_dim) {
-    copy_tile<kThreads>(tile, count, head_dim, [&](int r) {
-        return static_cast<const T*>(s.query_row<T>(x, map.head(first + r), map.token(first + r)));
-    });
-}
-
-template <class T, class TileT>
-LONGROPE_DEVICE void copy_keys(const Operand& x, const Sequence& s, int64_t head, int first, TileT tile, int head_dim) {
-    const T* base = row_of<T>(x, s.b, head, s.key_start + first);
-    copy_tile<kThreads>(tile, static_cast<int>(s.key_length) - first, head_dim,
-                        [&](int r) { return base + r * x.token_stride; });
+template <class T, int kTiles>
+LONGROPE_DEVICE auto columns_of(const float (&sums)[kTiles][4]) {
+    return [&sums](uint32_t (&a)[4], int j) { probabilities_left<T>(a, sums[2 * j], sums[2 * j + 1]); };
 }
 
 LONGROPE_DEVICE void store_row_info(const BackwardLaunch& launch, const Sequence& s, const RowMap& map, int64_t first,
@@ -152,39 +94,6 @@ LONGROPE_DEVICE void store_row_info(const BackwardLaunch& launch, const Sequence
     }
 }
 
-// A warp's sums to fp32 rows in shared memory.
-template <int kHeadDim, int kTiles>
-LONGROPE_DEVICE void spread_sums(SharedAddress to, const float (&sums)[kTiles][4]) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int row = 16 * warp_index() + lane_index() / 4 + c / 2 * 8;
-            store_shared(to + (row * kHeadDim + 8 * n + lane_index() % 4 * 2 + c % 2) * 4, sums[n][c]);
-        }
-}
-
-// The part of a block in the gradient of the frequencies: sum of p (a db - b da) over its rows, by pair.
-template <class T, int kHeadDim, class TileT, class PositionOf>
-LONGROPE_DEVICE void store_frequency_part(const Regime& regime, TileT rotated, SharedAddress grads, int count,
-                                          double* part, const PositionOf& position_of) {
-    for (int pair = thread_index(); pair < regime.pairs; pair += kThreads) {
-        const int first = regime.interleaved ? 2 * pair : pair;
-        const int second = regime.interleaved ? first + 1 : pair + regime.pairs;
-        double sum = 0.0;
-        for (int r = 0; r < count; ++r) {
-            const int64_t position = position_of(r);
-            if (position < regime.start_tokens) continue;
-            const SharedRow<T, TileT> row{rotated, r};
-            const SharedFloatRow grad{grads + r * kHeadDim * 4};
-            const double cross = static_cast<double>(row.load1(first)) * grad.load1(second) -
-                                 static_cast<double>(row.load1(second)) * grad.load1(first);
-            sum += static_cast<double>(position) * cross;
-        }
-        store_global(part + pair, sum);
-    }
-}
-
 template <class T, int kHeadDim>
 LONGROPE_KERNEL(kThreads)
 query_gradient_kernel(const BackwardLaunch launch) {
@@ -200,8 +109,8 @@ query_gradient_kernel(const BackwardLaunch launch) {
     const int count = static_cast<int>(left < kRows ? left : kRows);
     const auto queries = S::tile(0), grads = S::tile(1), keys = S::tile(2), values = S::tile(3);
 
-    copy_rows<T>(launch.scratch.query, s, map, first_row, count, queries, head_dim);
-    copy_rows<T>(launch.params.grad_out, s, map, first_row, count, grads, head_dim);
+    copy_rows<T, kThreads>(launch.scratch.query, s, map, first_row, count, queries, head_dim);
+    copy_rows<T, kThreads>(launch.params.grad_out, s, map, first_row, count, grads, head_dim);
     store_row_info(launch, s, map, first_row, count, kRows, S::kRowInfo);
     const Interval first_seen = s.visible(p, map.token(first_row));
     const Interval last_seen = s.visible(p, map.token(first_row + count - 1));
@@ -211,14 +120,14 @@ query_gradient_kernel(const BackwardLaunch launch) {
     float out[2 * S::kSteps][4] = {};
 
     for (int first = begin; first < end; first += kKeys) {
-        copy_keys<T>(launch.scratch.key, s, key_head, first, keys, head_dim);
-        copy_keys<T>(p.value, s, key_head, first, values, head_dim);
+        copy_keys<T, kThreads>(launch.scratch.key, s, key_head, first, keys, head_dim);
+        copy_keys<T, kThreads>(p.value, s, key_head, first, values, head_dim);
         copy_async_commit();
         copy_async_wait<0>();
         block_sync();  // the tiles are there for all
         float scores[8][4] = {}, slopes[8][4] = {};
-        multiply_rows<T, S::kSteps>(scores, queries, keys);
-        multiply_rows<T, S::kSteps>(slopes, grads, values);
+        multiply_rows<T, S::kSteps>(scores, keys, rows_of_warp(queries));
+        multiply_rows<T, S::kSteps>(slopes, values, rows_of_warp(grads));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const RowInfo row = load_row_info(S::kRowInfo, 16 * warp_index() + lane_index() / 4 + 8 * r);
@@ -229,13 +138,13 @@ query_gradient_kernel(const BackwardLaunch launch) {
                     turn_into_gradients(scores[j][2 * r + c], slopes[j][2 * r + c], row,
                                         first + 8 * j + lane_index() % 4 * 2 + c, scale, p.scale);
         }
-        multiply_weights<T, S::kSteps>(out, slopes, keys);
+        multiply_weights<T>(out, keys, 0, columns_of<T>(slopes));
         block_sync();  // the tiles are done with
     }
     copy_async_commit();
     copy_async_wait<0>();
     block_sync();  // where no tile was visited, the queries are still arriving
-    spread_sums<kHeadDim>(keys.base, out);
+    spread_sums(keys.base, out, 16 * warp_index(), kHeadDim);
     block_sync();
     const Regime regime = regime_of(p.rotation, s.b);
     const auto position_of = [&](int r) { return s.query_position(p, map.token(first_row + r)); };
@@ -246,11 +155,11 @@ query_gradient_kernel(const BackwardLaunch launch) {
             return GlobalRow<T>{s.query_row<T>(launch.params.grad_query, map.head(row), map.token(row))};
         });
     if (launch.scratch.query_part != nullptr)
-        store_frequency_part<T, kHeadDim>(
-            regime, queries, keys.base, count,
+        store_frequency_part<kThreads>(
+            regime, keys.base, kHeadDim, count,
             launch.scratch.query_part +
                 ((s.b * p.key_heads + key_head) * launch.scratch.row_blocks + row_block) * regime.pairs,
-            position_of);
+            [&](int r) { return SharedRow<T, typename S::TileT>{queries, r}; }, position_of);
 }
 
 template <class T, int kHeadDim>
@@ -272,8 +181,8 @@ key_gradient_kernel(const BackwardLaunch launch) {
     constexpr int kRows = kHeadDim > 64 ? 32 : 64, kRowTiles = kRows / 8;
     const Tile<kRows, kHeadDim> queries{S::tile(0).base}, grads{S::tile(1).base};
 
-    copy_keys<T>(launch.scratch.key, s, key_head, first_key, keys, head_dim);
-    copy_keys<T>(p.value, s, key_head, first_key, values, head_dim);
+    copy_keys<T, kThreads>(launch.scratch.key, s, key_head, first_key, keys, head_dim);
+    copy_keys<T, kThreads>(p.value, s, key_head, first_key, values, head_dim);
     const ScoreScale scale(p.scale, p.softcap);
     float d_keys[2 * S::kSteps][4] = {}, d_values[2 * S::kSteps][4] = {};
 
@@ -282,15 +191,15 @@ key_gradient_kernel(const BackwardLaunch launch) {
         if (s.visible(p, map.token(first)).low >= first_key + kKeys ||
             s.visible(p, map.token(first + row_count - 1)).high <= first_key)
             continue;
-        copy_rows<T>(launch.scratch.query, s, map, first, row_count, queries, head_dim);
-        copy_rows<T>(launch.params.grad_out, s, map, first, row_count, grads, head_dim);
+        copy_rows<T, kThreads>(launch.scratch.query, s, map, first, row_count, queries, head_dim);
+        copy_rows<T, kThreads>(launch.params.grad_out, s, map, first, row_count, grads, head_dim);
         copy_async_commit();
         store_row_info(launch, s, map, first, row_count, kRows, S::kRowInfo);
         copy_async_wait<0>();
         block_sync();  // the tiles are there for all
         float scores[kRowTiles][4] = {}, slopes[kRowTiles][4] = {};
-        multiply_rows<T, S::kSteps>(scores, keys, queries);
-        multiply_rows<T, S::kSteps>(slopes, values, grads);
+        multiply_rows<T, S::kSteps>(scores, queries, rows_of_warp(keys));
+        multiply_rows<T, S::kSteps>(slopes, grads, rows_of_warp(values));
 #pragma unroll
         for (int j = 0; j < kRowTiles; ++j)
 #pragma unroll
@@ -301,8 +210,8 @@ key_gradient_kernel(const BackwardLaunch launch) {
                     turn_into_gradients(scores[j][2 * r + c], slopes[j][2 * r + c], row,
                                         first_key + 16 * warp_index() + lane_index() / 4 + 8 * r, scale, p.scale);
             }
-        multiply_weights<T, S::kSteps>(d_values, scores, grads);
-        multiply_weights<T, S::kSteps>(d_keys, slopes, queries);
+        multiply_weights<T>(d_values, grads, 0, columns_of<T>(scores));
+        multiply_weights<T>(d_keys, queries, 0, columns_of<T>(slopes));
         block_sync();  // the tiles are done with
     }
     copy_async_commit();
@@ -315,24 +224,24 @@ key_gradient_kernel(const BackwardLaunch launch) {
     };
     const auto position_of = [&](int r) { return s.key_position(p, first_key + r); };
     const SharedAddress sums = queries.base;
-    spread_sums<kHeadDim>(sums, d_values);
+    spread_sums(sums, d_values, 16 * warp_index(), kHeadDim);
     block_sync();
     for (int i = thread_index(); i < count * (head_dim / kChunk); i += kThreads) {
         const int r = i / (head_dim / kChunk), c = i % (head_dim / kChunk);
         row_at(launch.params.grad_value, r).store8(c, SharedFloatRow{sums + r * kHeadDim * 4}.load8(c));
     }
     block_sync();
-    spread_sums<kHeadDim>(sums, d_keys);
+    spread_sums(sums, d_keys, 16 * warp_index(), kHeadDim);
     block_sync();
     rotate_rows<kThreads>(
         regime, head_dim, count, true, position_of, [&](int r) { return SharedFloatRow{sums + r * kHeadDim * 4}; },
         [&](int r) { return row_at(launch.params.grad_key, r); });
     if (launch.scratch.key_part != nullptr)
-        store_frequency_part<T, kHeadDim>(
-            regime, keys, sums, count,
+        store_frequency_part<kThreads>(
+            regime, sums, kHeadDim, count,
             launch.scratch.key_part +
                 ((s.b * p.key_heads + key_head) * launch.scratch.key_blocks + key_block) * regime.pairs,
-            position_of);
+            [&](int r) { return SharedRow<T, typename S::TileT>{keys, r}; }, position_of);
 }
 
 template <class T, int kHeadDim>
@@ -360,6 +269,7 @@ void run_of_width(const BackwardLaunch& arguments, Stream stream) {
 void attention_backward_sm80(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream) {
     attention_delta(params, scratch, stream);
     const BackwardLaunch arguments{params, scratch};
+    if (params.forward.head_dim > 128) return attention_backward_wide_sm80(arguments, stream);
     if (params.forward.dtype == Dtype::kFloat16) return run_of_width<Half>(arguments, stream);
     run_of_width<BFloat16Bits>(arguments, stream);
 }
