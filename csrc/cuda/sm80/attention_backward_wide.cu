@@ -1,7 +1,7 @@
 // Gradients of attention at head_dim above 128, up to 256, for Ampere and newer; the same bits in every run.
 //
-// As attention_backward.cu: a block of 64 rows walks the keys for dq, one of 64 keys walks the rows for dk and dv, seven
-// products in all. But 64 x 256 fp32 sums of dk and as many of dv are half of a multiprocessor's registers, and a
+// As attention_backward.cu: a block of 64 rows walks the keys for dq, one of 64 keys walks the rows for dk and dv,
+// seven products in all. But 64 x 256 fp32 sums of dk and as many of dv are half of a multiprocessor's registers, and a
 // thread that had both would have no other. So a team of two warps shares 16 rows (keys):
 //
 //     the scorer    S = q k^T    P = 2^(S - lse)    W = P scale     gives W        dv += P^T dO
@@ -16,8 +16,9 @@
 // so that tiles have 32 rows where a block may have 137 KB (sm_80, sm_90) and 16 where it may have 99 (sm_86, sm_89).
 //
 // Operations: 14 head_dim per visible score on the tensor cores. Bytes: each block reads its 64 rows or keys once and
-// the other side from L2. A tile of 64 keys and 32 rows takes the tensor cores of an A100 2,048 cycles for dk and dv and
-// its shared memory 2,700 (16 rows at a time: 3,200), 1,536 and 1,600 for dq: bound by shared memory.
+// the other side from L2. 64 keys and 32 rows take the tensor cores of an A100 2,048 cycles for dk and dv and its
+// shared memory 2,940 (16 rows at a time: 3,460), 1,536 and 1,980 for dq: bound by shared memory there, by the tensor
+// cores on sm_86 and sm_89, which have half as many and the same shared memory.
 #include "gradients.cuh"
 
 namespace longrope {
@@ -167,7 +168,7 @@ wide_query_gradient_kernel(const BackwardLaunch launch) {
         block_sync();  // the stage is there for all, and the other is done with
         if (first + S::kTileKeys < end) fetch(first + S::kTileKeys, stage ^ 1);
         float sums[S::kTiles][4] = {};
-        multiply_rows<T, kSteps>(sums, S::stage(stage).of(scorer), [&](uint32_t(&a)[4], int step) {
+        multiply_rows<T, kSteps>(sums, S::stage(stage).of(scorer), [&](uint32_t (&a)[4], int step) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = operand[step][i];
         });
@@ -227,7 +228,7 @@ wide_query_gradient_kernel(const BackwardLaunch launch) {
             }
             team_sync();  // dS is there
         }
-        multiply_weights<T>(out, S::stage(stage).first(), scorer ? 0 : kSteps / 2, [&](uint32_t(&a)[4], int j) {
+        multiply_weights<T>(out, S::stage(stage).first(), scorer ? 0 : kSteps / 2, [&](uint32_t (&a)[4], int j) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = slopes[j][i];
         });
@@ -293,7 +294,7 @@ wide_key_gradient_kernel(const BackwardLaunch launch) {
         block_sync();  // the stage is there for all, and the other is done with
         if (first + kTileRows < end) fetch(first + kTileRows, stage ^ 1);
         float sums[S::kTiles][4] = {};
-        multiply_rows<T, kSteps>(sums, S::stage(stage).of(scorer), [&](uint32_t(&a)[4], int step) {
+        multiply_rows<T, kSteps>(sums, S::stage(stage).of(scorer), [&](uint32_t (&a)[4], int step) {
             load_left(a, block.of(scorer), 16 * team(), step);
         });
         const KnownRows<kTileRows> known = S::known(stage);
@@ -327,9 +328,8 @@ wide_key_gradient_kernel(const BackwardLaunch launch) {
             }
             if (scorer) team_sync();  // the weights are there
         }
-        multiply_weights<T>(out, S::stage(stage).of(!scorer), 0, [&](uint32_t(&a)[4], int j) {
-            probabilities_left<T>(a, sums[2 * j], sums[2 * j + 1]);
-        });
+        multiply_weights<T>(out, S::stage(stage).of(!scorer), 0,
+                            [&](uint32_t (&a)[4], int j) { probabilities_left<T>(a, sums[2 * j], sums[2 * j + 1]); });
     }
     copy_async_wait<0>();
     block_sync();  // the stages are done with; where no tile was visited, the keys are there

@@ -1,5 +1,5 @@
-// What the backward kernels for Ampere and newer share: rows and keys on their way into shared memory, the products, P of
-// a score, and the sums on their way out.
+// What the backward kernels for Ampere and newer share: rows and keys on their way into shared memory, the products, P
+// of a score, and the sums on their way out.
 #pragma once
 
 #include "../kernels.h"
