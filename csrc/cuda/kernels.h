@@ -12,6 +12,11 @@ namespace longrope {
 // Bytes of shared memory that a block may have on every GPU from sm_80 on; the least is that of sm_86 and sm_89.
 constexpr int kSharedLimit = 99 << 10;
 
+// Blocks of so much shared memory that a multiprocessor has room for; the system takes a part of each for itself.
+constexpr int blocks_that_fit(int multiprocessor_shared, int shared_bytes) {
+    return multiprocessor_shared / (shared_bytes + (1 << 10));
+}
+
 // Memory that a call needs besides its operands.
 struct AttentionScratch {
     Operand key,

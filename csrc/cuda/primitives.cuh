@@ -8,8 +8,8 @@
 // half.
 //
 //   thread_index block_index block_count lane_index warp_index
-//   multiprocessor_count shared_limit
-//                                of the current device, on the host; bytes of shared memory that a block may have
+//   multiprocessor_count multiprocessor_shared
+//                                of the current device, on the host; the latter in bytes
 //   load_global<V> store_global  V of 1 to 16 bytes, aligned to its size
 //   load_shared<V> store_shared  likewise
 //   copy_async<N>                cp.async: N = 4, 8 or 16 bytes, or zeros where not valid

@@ -215,10 +215,11 @@ inline void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-inline int shared_limit() {
+inline int multiprocessor_shared() {
     int device = 0, bytes = 0;
     check(cudaGetDevice(&device), "the current device");
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "a block's shared memory");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+          "the shared memory of a multiprocessor");
     return bytes;
 }
 

@@ -240,8 +240,8 @@ inline uint32_t narrow_fp8(float low, float high) {
     return fp8_of(low) | fp8_of(high) << 8;
 }
 
-inline int shared_limit() {
-    return Machine::get().shared_limit;
+inline int multiprocessor_shared() {
+    return Machine::get().multiprocessor_shared;
 }
 
 template <class Kernel, class Params>

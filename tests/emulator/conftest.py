@@ -14,14 +14,14 @@ def emulator():
     return build.module()
 
 
-# Bytes of shared memory that a block may have, by capability.
-SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
+# Bytes of shared memory of a multiprocessor, by capability.
+SHARED = {"sm_80": 164 << 10, "sm_86": 100 << 10, "sm_90": 228 << 10}
 
 
 def run_as(emulator, capability):
     """The cuda backend runs emulated kernels on CPU tensors, as on a GPU of a capability."""
     before = cuda.emulate(emulator, hopper=capability == "sm_90")
-    emulator.limit_shared(SHARED[capability])
+    emulator.multiprocessor_shared(SHARED[capability])
     emulator.seed(0)
     yield emulator
     cuda.emulate(before)
@@ -35,7 +35,7 @@ def emulated(emulator):
 
 @pytest.fixture
 def little_shared(emulator):
-    """On sm_86 or sm_89, whose blocks have the least shared memory."""
+    """On sm_86 or sm_89, whose multiprocessors have the least shared memory."""
     yield from run_as(emulator, "sm_86")
 
 

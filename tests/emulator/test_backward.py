@@ -132,13 +132,13 @@ def test_products_of_wide_gradients_are_those_of_the_visible_tiles(wide):
 
 @pytest.mark.parametrize("window", [None, 33])
 def test_what_sees_nothing_has_no_wide_gradient(wide, window):
-    """More queries than keys, or keys out of every window: zeros, whatever lies there."""
+    """More queries than keys, or keys out of every window: zeros; tiles that nobody sees are not even read."""
     d_query = wide_gradients("cuda", tokens=(110, 40), window=window)[0]
     assert not d_query[:, :, :70].any()
     assert d_query[:, :, 70:].abs().amin((0, 1, 3)).max() > 0
 
     def spoil(query, key, value):
-        key[:, :, :71] = value[:, :, :71] = float("nan")
+        key[:, :, :64] = value[:, :, :64] = float("nan")
 
     results = [wide_gradients("cuda", tokens=(20, 110), window=20, change=x) for x in (lambda *x: None, spoil)]
     for clean, spoiled in zip(*results, strict=True):
@@ -221,8 +221,8 @@ PLANTED = {
         "bounds|wrong",
     ),
     "tiles that do not fit sm_86": (
-        "if (shared_limit() >= KeyShape<32>::kSharedBytes)",
-        "if (shared_limit() > 0)",
+        "if (blocks_that_fit(multiprocessor_shared(), KeyShape<32>::kSharedBytes) > 0)",
+        "if (multiprocessor_shared() > 0)",
         0,
         "of shared memory, expected",
     ),
@@ -244,7 +244,7 @@ def told(emulator, monkeypatch):
     """What the emulator, or a look at the gradients, says about the kernels of sm_86 above head_dim 128."""
     monkeypatch.setattr(cuda, "_native", emulator)
     monkeypatch.setattr(cuda, "_emulated_hopper", False)
-    emulator.limit_shared(SHARED["sm_86"])
+    emulator.multiprocessor_shared(SHARED["sm_86"])
     emulator.take_counters()
     try:
         for seed, options in enumerate(({"window": 60}, {"softcap": 3.0})):

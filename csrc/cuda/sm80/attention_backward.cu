@@ -25,16 +25,27 @@ namespace {
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = kBackwardRows, kKeys = kBackwardKeys;
 static_assert(kRows == 16 * kWarps && kKeys == 16 * kWarps, "a warp takes 16 rows or keys");
 
-template <int kHeadDim>
+// What a block keeps: two tiles of its own rows or keys and, after them, two that it walks; then what is known of rows.
+// Its sums in fp32 take the place of all but the first tile.
+template <int kHeadDim, int kWalked>
 struct Shape {
     static constexpr int kSteps = kHeadDim / 16;
-    using TileT = Tile<kRows, kHeadDim>;
-    // Queries, grad_out, keys, values; then what is known of the rows. Sums in fp32 take the place of two tiles.
-    static constexpr int kRowInfo = 4 * TileT::kBytes, kSharedBytes = kRowInfo + kRows * 16;
+    using OwnTile = Tile<kRows, kHeadDim>;
+    using WalkedTile = Tile<kWalked, kHeadDim>;
+    static constexpr int kSums = OwnTile::kBytes, kRowInfo = 2 * (OwnTile::kBytes + WalkedTile::kBytes);
+    static constexpr int kSharedBytes = kRowInfo + kRows * 16;
+    static_assert(kSums + kRows * kHeadDim * 4 <= kRowInfo && kWalked <= kRows, "the sums and the rows fit");
     static_assert(kSharedBytes <= kSharedLimit, "the tiles do not fit sm_86");
 
-    LONGROPE_DEVICE static TileT tile(int i) { return {static_cast<SharedAddress>(i * TileT::kBytes)}; }
+    LONGROPE_DEVICE static OwnTile own(int i) { return {static_cast<SharedAddress>(i * OwnTile::kBytes)}; }
+    LONGROPE_DEVICE static WalkedTile walked(int i) {
+        return {static_cast<SharedAddress>(2 * OwnTile::kBytes + i * WalkedTile::kBytes)};
+    }
 };
+
+// Rows at a time for dk and dv: with 64 rows the registers of a head_dim of 96 or 128 spill.
+template <int kHeadDim>
+constexpr int kRowsWalked = kHeadDim > 64 ? 32 : 64;
 
 // The keys that a row sees, its lse in units of log 2, and its delta. A row that sees nothing has an empty interval.
 struct RowInfo {
@@ -94,10 +105,10 @@ LONGROPE_DEVICE void store_row_info(const BackwardLaunch& launch, const Sequence
     }
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, int kWalked>
 LONGROPE_KERNEL(kThreads)
 query_gradient_kernel(const BackwardLaunch launch) {
-    using S = Shape<kHeadDim>;
+    using S = Shape<kHeadDim, kWalked>;
     const AttentionParams& p = launch.params.forward;
     const int head_dim = static_cast<int>(p.head_dim);
     const int64_t row_block = launch.scratch.row_blocks - 1 - block_index() % launch.scratch.row_blocks;
@@ -107,32 +118,33 @@ query_gradient_kernel(const BackwardLaunch launch) {
     const int64_t first_row = row_block * kRows, left = s.query_count * map.group - first_row;
     if (left <= 0) return;
     const int count = static_cast<int>(left < kRows ? left : kRows);
-    const auto queries = S::tile(0), grads = S::tile(1), keys = S::tile(2), values = S::tile(3);
+    const auto queries = S::own(0), grads = S::own(1);
+    const auto keys = S::walked(0), values = S::walked(1);
 
     copy_rows<T, kThreads>(launch.scratch.query, s, map, first_row, count, queries, head_dim);
     copy_rows<T, kThreads>(launch.params.grad_out, s, map, first_row, count, grads, head_dim);
     store_row_info(launch, s, map, first_row, count, kRows, S::kRowInfo);
     const Interval first_seen = s.visible(p, map.token(first_row));
     const Interval last_seen = s.visible(p, map.token(first_row + count - 1));
-    const int begin = static_cast<int>(first_seen.low / kKeys * kKeys);
+    const int begin = static_cast<int>(first_seen.low / kWalked * kWalked);
     const int end = static_cast<int>(last_seen.high < s.key_length ? last_seen.high : s.key_length);
     const ScoreScale scale(p.scale, p.softcap);
     float out[2 * S::kSteps][4] = {};
 
-    for (int first = begin; first < end; first += kKeys) {
+    for (int first = begin; first < end; first += kWalked) {
         copy_keys<T, kThreads>(launch.scratch.key, s, key_head, first, keys, head_dim);
         copy_keys<T, kThreads>(p.value, s, key_head, first, values, head_dim);
         copy_async_commit();
         copy_async_wait<0>();
         block_sync();  // the tiles are there for all
-        float scores[8][4] = {}, slopes[8][4] = {};
+        float scores[kWalked / 8][4] = {}, slopes[kWalked / 8][4] = {};
         multiply_rows<T, S::kSteps>(scores, keys, rows_of_warp(queries));
         multiply_rows<T, S::kSteps>(slopes, values, rows_of_warp(grads));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const RowInfo row = load_row_info(S::kRowInfo, 16 * warp_index() + lane_index() / 4 + 8 * r);
 #pragma unroll
-            for (int j = 0; j < 8; ++j)
+            for (int j = 0; j < kWalked / 8; ++j)
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
                     turn_into_gradients(scores[j][2 * r + c], slopes[j][2 * r + c], row,
@@ -144,28 +156,29 @@ query_gradient_kernel(const BackwardLaunch launch) {
     copy_async_commit();
     copy_async_wait<0>();
     block_sync();  // where no tile was visited, the queries are still arriving
-    spread_sums(keys.base, out, 16 * warp_index(), kHeadDim);
+    spread_sums(S::kSums, out, 16 * warp_index(), kHeadDim);
     block_sync();
     const Regime regime = regime_of(p.rotation, s.b);
     const auto position_of = [&](int r) { return s.query_position(p, map.token(first_row + r)); };
     rotate_rows<kThreads>(
-        regime, head_dim, count, true, position_of, [&](int r) { return SharedFloatRow{keys.base + r * kHeadDim * 4}; },
+        regime, head_dim, count, true, position_of, [&](int r) { return SharedFloatRow{S::kSums + r * kHeadDim * 4u}; },
         [&](int r) {
             const int64_t row = first_row + r;
             return GlobalRow<T>{s.query_row<T>(launch.params.grad_query, map.head(row), map.token(row))};
         });
     if (launch.scratch.query_part != nullptr)
         store_frequency_part<kThreads>(
-            regime, keys.base, kHeadDim, count,
+            regime, S::kSums, kHeadDim, count,
             launch.scratch.query_part +
                 ((s.b * p.key_heads + key_head) * launch.scratch.row_blocks + row_block) * regime.pairs,
-            [&](int r) { return SharedRow<T, typename S::TileT>{queries, r}; }, position_of);
+            [&](int r) { return SharedRow<T, typename S::OwnTile>{queries, r}; }, position_of);
 }
 
 template <class T, int kHeadDim>
 LONGROPE_KERNEL(kThreads)
 key_gradient_kernel(const BackwardLaunch launch) {
-    using S = Shape<kHeadDim>;
+    constexpr int kWalked = kRowsWalked<kHeadDim>;
+    using S = Shape<kHeadDim, kWalked>;
     const AttentionParams& p = launch.params.forward;
     const int head_dim = static_cast<int>(p.head_dim);
     const int64_t key_block = block_index() % launch.scratch.key_blocks;
@@ -176,32 +189,30 @@ key_gradient_kernel(const BackwardLaunch launch) {
     const int left = static_cast<int>(s.key_length) - first_key, count = left < kKeys ? left : kKeys;
     if (count <= 0) return;
     const int64_t rows = s.query_count * map.group;
-    const auto keys = S::tile(2), values = S::tile(3);
-    // With 64 rows at a time the registers of a head_dim of 96 or 128 spill.
-    constexpr int kRows = kHeadDim > 64 ? 32 : 64, kRowTiles = kRows / 8;
-    const Tile<kRows, kHeadDim> queries{S::tile(0).base}, grads{S::tile(1).base};
+    const auto keys = S::own(0), values = S::own(1);
+    const auto queries = S::walked(0), grads = S::walked(1);
 
     copy_keys<T, kThreads>(launch.scratch.key, s, key_head, first_key, keys, head_dim);
     copy_keys<T, kThreads>(p.value, s, key_head, first_key, values, head_dim);
     const ScoreScale scale(p.scale, p.softcap);
     float d_keys[2 * S::kSteps][4] = {}, d_values[2 * S::kSteps][4] = {};
 
-    for (int64_t first = 0; first < rows; first += kRows) {
-        const int row_count = static_cast<int>(rows - first < kRows ? rows - first : kRows);
+    for (int64_t first = 0; first < rows; first += kWalked) {
+        const int row_count = static_cast<int>(rows - first < kWalked ? rows - first : kWalked);
         if (s.visible(p, map.token(first)).low >= first_key + kKeys ||
             s.visible(p, map.token(first + row_count - 1)).high <= first_key)
             continue;
         copy_rows<T, kThreads>(launch.scratch.query, s, map, first, row_count, queries, head_dim);
         copy_rows<T, kThreads>(launch.params.grad_out, s, map, first, row_count, grads, head_dim);
         copy_async_commit();
-        store_row_info(launch, s, map, first, row_count, kRows, S::kRowInfo);
+        store_row_info(launch, s, map, first, row_count, kWalked, S::kRowInfo);
         copy_async_wait<0>();
         block_sync();  // the tiles are there for all
-        float scores[kRowTiles][4] = {}, slopes[kRowTiles][4] = {};
+        float scores[kWalked / 8][4] = {}, slopes[kWalked / 8][4] = {};
         multiply_rows<T, S::kSteps>(scores, queries, rows_of_warp(keys));
         multiply_rows<T, S::kSteps>(slopes, grads, rows_of_warp(values));
 #pragma unroll
-        for (int j = 0; j < kRowTiles; ++j)
+        for (int j = 0; j < kWalked / 8; ++j)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const RowInfo row = load_row_info(S::kRowInfo, 8 * j + lane_index() % 4 * 2 + c);
@@ -223,7 +234,7 @@ key_gradient_kernel(const BackwardLaunch launch) {
         return GlobalRow<T>{row_of<T>(x, s.b, key_head, s.key_start + first_key + r)};
     };
     const auto position_of = [&](int r) { return s.key_position(p, first_key + r); };
-    const SharedAddress sums = queries.base;
+    const SharedAddress sums = S::kSums;
     spread_sums(sums, d_values, 16 * warp_index(), kHeadDim);
     block_sync();
     for (int i = thread_index(); i < count * (head_dim / kChunk); i += kThreads) {
@@ -241,16 +252,27 @@ key_gradient_kernel(const BackwardLaunch launch) {
             regime, sums, kHeadDim, count,
             launch.scratch.key_part +
                 ((s.b * p.key_heads + key_head) * launch.scratch.key_blocks + key_block) * regime.pairs,
-            [&](int r) { return SharedRow<T, typename S::TileT>{keys, r}; }, position_of);
+            [&](int r) { return SharedRow<T, typename S::OwnTile>{keys, r}; }, position_of);
+}
+
+template <class T, int kHeadDim, int kWalked>
+void run_query_gradient(const BackwardLaunch& arguments, int64_t heads, Stream stream) {
+    launch(query_gradient_kernel<T, kHeadDim, kWalked>, arguments.scratch.row_blocks * heads, kThreads,
+           Shape<kHeadDim, kWalked>::kSharedBytes, arguments, stream);
 }
 
 template <class T, int kHeadDim>
 void run(const BackwardLaunch& arguments, Stream stream) {
-    using S = Shape<kHeadDim>;
-    const AttentionParams& p = arguments.params.forward;
-    const int64_t heads = p.batch * p.key_heads;
-    launch(query_gradient_kernel<T, kHeadDim>, arguments.scratch.row_blocks * heads, kThreads, S::kSharedBytes,
-           arguments, stream);
+    using S = Shape<kHeadDim, kRowsWalked<kHeadDim>>;
+    static_assert(blocks_that_fit(kSharedLimit + 1024, S::kSharedBytes) >= 2, "one block alone has no overlap");
+    const int64_t heads = arguments.params.forward.batch * arguments.params.forward.key_heads;
+    // Two blocks to a multiprocessor: at head_dim 128 that takes smaller tiles where there are 100 KB.
+    if constexpr (kHeadDim <= 96)
+        run_query_gradient<T, kHeadDim, 64>(arguments, heads, stream);
+    else if (blocks_that_fit(multiprocessor_shared(), Shape<kHeadDim, 64>::kSharedBytes) >= 2)
+        run_query_gradient<T, kHeadDim, 64>(arguments, heads, stream);
+    else
+        run_query_gradient<T, kHeadDim, 32>(arguments, heads, stream);
     launch(key_gradient_kernel<T, kHeadDim>, arguments.scratch.key_blocks * heads, kThreads, S::kSharedBytes, arguments,
            stream);
 }

@@ -365,7 +365,7 @@ void run(const BackwardLaunch& arguments, Stream stream) {
     const int64_t key_blocks = arguments.scratch.key_blocks * heads;
     launch(wide_query_gradient_kernel<T>, arguments.scratch.row_blocks * heads, kThreads, QueryShape::kSharedBytes,
            arguments, stream);
-    if (shared_limit() >= KeyShape<32>::kSharedBytes)
+    if (blocks_that_fit(multiprocessor_shared(), KeyShape<32>::kSharedBytes) > 0)
         launch(wide_key_gradient_kernel<T, 32>, key_blocks, kThreads, KeyShape<32>::kSharedBytes, arguments, stream);
     else
         launch(wide_key_gradient_kernel<T, 16>, key_blocks, kThreads, KeyShape<16>::kSharedBytes, arguments, stream);
