@@ -62,7 +62,7 @@ def cases(*quick):
     return [
         pytest.param(x, target, marks=[] if (x, target) in quick else pytest.mark.slow)
         for x in KERNELS
-        for target in (["sm_90a"] if x.startswith("sm90/") else ["sm_80", "sm_90"])
+        for target in (["sm_90a"] if x.startswith("sm90/") else ["sm_80", "sm_89", "sm_90"])
     ]
 
 
@@ -151,7 +151,7 @@ def test_the_hopper_backward_is_made_of_its_own_instructions():
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
 def test_the_wide_backward_has_its_products_and_no_others(target):
     """Two products a warp, of which the loop holds each once: the warps of a team share the code."""
     cubin, report = compiled(WIDE_BACKWARD, target)
@@ -166,6 +166,15 @@ def test_the_wide_backward_has_its_products_and_no_others(target):
         assert len(re.findall(r"\bHMMA\.16816", code)) == products
         assert len(re.findall(r"LDGSTS\.E\.BYPASS[.\w]*\.128", code)) >= 2
     assert max(map(int, re.findall(r"Used (\d+) registers", report))) * 256 <= 64 << 10, "a block is all there is"
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("target", "converts"), [("sm_80", False), ("sm_89", True), ("sm_90", True)])
+@pytest.mark.parametrize("source", [DECODE, "prepare_keys.cu", "cache_append.cu"])
+def test_fp8_is_converted_by_the_hardware_that_can(source, target, converts):
+    assert bool(re.search(r"\bF2F\w*\.[\w.]*E4M3", sass(compiled(source, target)[0]))) is converts
 
 
 @needs_nvcc
