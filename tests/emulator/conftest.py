@@ -25,6 +25,7 @@ def run_as(emulator, capability):
     emulator.seed(0)
     yield emulator
     cuda.emulate(before)
+    emulator.multiprocessor_shared(SHARED["sm_90"])  # as a module begins
 
 
 @pytest.fixture

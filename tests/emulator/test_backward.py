@@ -255,6 +255,8 @@ def told(emulator, monkeypatch):
                     return "wrong result"
     except RuntimeError as error:
         return str(error)
+    finally:
+        emulator.multiprocessor_shared(SHARED["sm_90"])
     return f"{emulator.take_counters()['bank_conflicts']} bank conflicts"
 
 
