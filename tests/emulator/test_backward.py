@@ -214,12 +214,6 @@ PLANTED = {
         0,
         "wrong result",
     ),
-    "known rows: one too many": (
-        "const bool exists = r < count;",
-        "const bool exists = r <= count;",
-        0,
-        "bounds|wrong",
-    ),
     "tiles that do not fit sm_86": (
         "if (blocks_that_fit(multiprocessor_shared(), KeyShape<32>::kSharedBytes) > 0)",
         "if (multiprocessor_shared() > 0)",
