@@ -141,7 +141,7 @@ def test_what_sees_nothing_has_no_wide_gradient(wide, window):
         key[:, :, :64] = value[:, :, :64] = float("nan")
 
     results = [wide_gradients("cuda", tokens=(20, 110), window=20, change=x) for x in (lambda *x: None, spoil)]
-    for clean, spoiled in zip(*results, strict=True):
+    for clean, spoiled in zip(*[x[:3] for x in results], strict=True):  # frequencies: 0 x NaN
         assert torch.equal(clean, spoiled)
     for x in results[0][1:3]:
         assert not x[:, :, :71].any()
