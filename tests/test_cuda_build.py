@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "nvcc"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 FORWARD, DECODE = "sm80/attention_forward.cu", "sm80/attention_decode.cu"
-BACKWARD = "sm80/attention_backward.cu"
+BACKWARD, WIDE_BACKWARD = "sm80/attention_backward.cu", "sm80/attention_backward_wide.cu"
 HOPPER, HOPPER_BACKWARD = "sm90/attention_forward.cu", "sm90/attention_backward.cu"
 KERNELS = sorted(str(x.relative_to(ROOT / "csrc" / "cuda")) for x in (ROOT / "csrc" / "cuda").rglob("*.cu"))
 
@@ -62,7 +62,7 @@ def cases(*quick):
     return [
         pytest.param(x, target, marks=[] if (x, target) in quick else pytest.mark.slow)
         for x in KERNELS
-        for target in (["sm_90a"] if x.startswith("sm90/") else ["sm_80", "sm_90"])
+        for target in (["sm_90a"] if x.startswith("sm90/") else ["sm_80", "sm_89", "sm_90"])
     ]
 
 
@@ -83,7 +83,7 @@ def test_the_machine_code_has_what_the_kernels_are_made_of(source, target):
     code = sass(compiled(source, target)[0])
     assert not re.search(r"\b(LDL|STL)\b", code), "local memory"
     assert not re.search(r"\bMUFU\.(SIN|COS)\b", code), "a sine that is not ours"
-    if source in (FORWARD, DECODE, BACKWARD):
+    if source in (FORWARD, DECODE, BACKWARD, WIDE_BACKWARD):
         for instruction in (r"HMMA\.16816\.F32\.BF16", r"HMMA\.16816\.F32\b", "LDSM", "LDGSTS", r"MUFU\.EX2"):
             assert re.search(instruction, code), instruction
 
@@ -146,6 +146,35 @@ def test_the_hopper_backward_is_made_of_its_own_instructions():
             wanted[rows] += 2 * 2 * steps
             wanted[head_dim] += 2 * 2 * rows // 16  # dv and dk
         assert columns_of(code) == wanted
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+def test_the_wide_backward_has_its_products_and_no_others(target):
+    """Two products a warp, of which the loop holds each once: the warps of a team share the code."""
+    cubin, report = compiled(WIDE_BACKWARD, target)
+    functions = sass(cubin).split("Function : ")[1:]
+    assert len(functions) == 2 * 3
+    steps = 256 // 16
+    for code in functions:
+        name = code.split(maxsplit=1)[0]
+        columns = 32 if "query" in name else int(*re.findall(r"ELi(\d+)E", name))  # of S: keys, or rows
+        width = 128 if "query" in name else 256  # of the sums that a warp has
+        products = steps * columns // 8 + columns // 16 * width // 8
+        assert len(re.findall(r"\bHMMA\.16816", code)) == products
+        assert len(re.findall(r"LDGSTS\.E\.BYPASS[.\w]*\.128", code)) >= 2
+    assert max(map(int, re.findall(r"Used (\d+) registers", report))) * 256 <= 64 << 10, "a block is all there is"
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("target", "converts"), [("sm_80", False), ("sm_89", True), ("sm_90", True)])
+@pytest.mark.parametrize("source", [DECODE, "prepare_keys.cu", "cache_append.cu"])
+def test_fp8_is_converted_by_the_hardware_that_can(source, target, converts):
+    assert bool(re.search(r"\bF2F\w*\.[\w.]*E4M3", sass(compiled(source, target)[0]))) is converts
 
 
 @needs_nvcc

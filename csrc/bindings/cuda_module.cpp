@@ -178,6 +178,9 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
     m.def("widen_fp8", [](uint32_t code) { return unpack<Half>(widen_fp8(code)).x; });
     m.def("narrow_fp8", [](float x) { return narrow_fp8(x, 0.0f) & 0xffu; });
     m.def("seed", [](uint64_t seed) { Machine::get().seed(seed); });
+    m.def(
+        "multiprocessor_shared", [](int bytes) { Machine::get().multiprocessor_shared = bytes; },
+        "bytes of shared memory that a multiprocessor has from now on");
     m.def("take_counters", [] {
         const emulator::Counters c = Machine::get().take_counters();
         py::dict counts;

@@ -12,6 +12,11 @@ namespace longrope {
 // Bytes of shared memory that a block may have on every GPU from sm_80 on; the least is that of sm_86 and sm_89.
 constexpr int kSharedLimit = 99 << 10;
 
+// Blocks of so much shared memory that a multiprocessor has room for; the system takes a part of each for itself.
+constexpr int blocks_that_fit(int multiprocessor_shared, int shared_bytes) {
+    return multiprocessor_shared / (shared_bytes + (1 << 10));
+}
+
 // Memory that a call needs besides its operands.
 struct AttentionScratch {
     Operand key,
@@ -58,11 +63,11 @@ void prepare_queries(const AttentionParams& params, const Operand& rotated, Stre
 // Fills `scratch.delta`; a part of both kernels below.
 void attention_delta(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream);
 
-// Gradients of attention up to head_dim 128; `grad_inv_freq` of `params` is not written, its parts are.
+// Gradients of attention; `grad_inv_freq` of `params` is not written, its parts are.
 constexpr int kBackwardRows = 64, kBackwardKeys = 64;
 void attention_backward_sm80(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream);
-// The same on Hopper; `query_tokens` and `key_tokens` are how many tokens a sequence's, or a packed batch's, queries
-// and keys have room for.
+// The same on Hopper, up to head_dim 128; `query_tokens` and `key_tokens` are how many tokens a sequence's, or a packed
+// batch's, queries and keys have room for.
 void attention_backward_sm90(const AttentionBackwardParams& params, const BackwardScratch& scratch,
                              int64_t query_tokens, int64_t key_tokens, Stream stream);
 

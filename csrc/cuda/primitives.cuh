@@ -7,7 +7,9 @@
 // global memory. `T` is the operands' type, Half or BFloat16; two of them travel in a uint32_t, the first in the low
 // half.
 //
-//   thread_index block_index block_count lane_index warp_index multiprocessor_count (on the host)
+//   thread_index block_index block_count lane_index warp_index
+//   multiprocessor_count multiprocessor_shared
+//                                of the current device, on the host; the latter in bytes
 //   load_global<V> store_global  V of 1 to 16 bytes, aligned to its size
 //   load_shared<V> store_shared  likewise
 //   copy_async<N>                cp.async: N = 4, 8 or 16 bytes, or zeros where not valid

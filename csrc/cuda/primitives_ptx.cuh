@@ -215,6 +215,14 @@ inline void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+inline int multiprocessor_shared() {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), "the current device");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+          "the shared memory of a multiprocessor");
+    return bytes;
+}
+
 // Runs `kernel` on `blocks` blocks; none for 0.
 template <class Kernel, class Params>
 void launch(Kernel kernel, int64_t blocks, int threads, int shared_bytes, const Params& params, Stream stream) {

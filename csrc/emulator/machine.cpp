@@ -44,6 +44,9 @@ void Machine::run(int64_t blocks, int threads, int64_t shared_bytes, const std::
     if (threads % kLanes != 0 || threads <= 0 || threads > kLanes * kMaxWarps)
         throw Error("a block of " + std::to_string(threads) + " threads, expected a multiple of 32 up to " +
                     std::to_string(kLanes * kMaxWarps));
+    if (shared_bytes + kReservedShared > multiprocessor_shared)
+        throw Error(std::to_string(shared_bytes) + " bytes of shared memory, expected up to " +
+                    std::to_string(multiprocessor_shared - kReservedShared));
     const int warps = threads / kLanes;
     stacks_.reserve(threads);
     kernel_ = &kernel;

@@ -30,6 +30,7 @@ namespace longrope::emulator {
 
 constexpr int kBarriers = 16;
 constexpr int kRegisters = 64 << 10;  // of a multiprocessor
+constexpr int kReservedShared = 1 << 10;
 
 // What was counted since the last time it was asked for.
 struct Counters {
@@ -116,6 +117,7 @@ class Machine {
     SharedMemory shared;
     Counters counters;
     Era era = 1;
+    int multiprocessor_shared = 228 << 10;  // bytes, as on sm_90; of a block's, the system takes kReservedShared
 
   private:
     struct Copy {

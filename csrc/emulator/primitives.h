@@ -240,6 +240,10 @@ inline uint32_t narrow_fp8(float low, float high) {
     return fp8_of(low) | fp8_of(high) << 8;
 }
 
+inline int multiprocessor_shared() {
+    return Machine::get().multiprocessor_shared;
+}
+
 template <class Kernel, class Params>
 void launch(Kernel kernel, int64_t blocks, int threads, int shared_bytes, const Params& params, Stream) {
     Machine::get().run(blocks, threads, shared_bytes, [&] { kernel(params); });

@@ -20,6 +20,7 @@ from . import native
 
 NAME = "cuda"
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
+HOPPER_BACKWARD_DIM = 128  # head_dim up to which sm_90 has backward kernels of its own
 DECODE_ROWS = 16  # query heads of a key head times tokens, up to which a sequence goes to the split-key kernel
 _Scratch = tuple[Tensor, tuple[int, int, int, int]]  # and how the native module addresses it
 _native: ModuleType | None = None
@@ -66,8 +67,6 @@ def supports(op: str, query: Tensor) -> str | None:
         return f"no {query.dtype} kernels"
     if op != "apply_rope" and (query.shape[-1] % 8 or query.shape[-1] > 256):
         return f"head_dim {query.shape[-1]} is not a multiple of 8 up to 256"
-    if op.endswith("backward") and query.shape[-1] > 128:
-        return f"no backward kernels for head_dim {query.shape[-1]}, which is above 128"
     return None
 
 
@@ -286,9 +285,10 @@ class _Attention:
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.float().contiguous()
         rotated = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
         delta = torch.empty_like(lse)
-        batch, query_heads, key_heads, _, _ = self.arguments[14]
-        hopper, group = runs_hopper_kernels(query.device), query_heads // key_heads
-        # Rows of a block are of one head on Hopper, of all that share a key head elsewhere.
+        batch, query_heads, key_heads, _, head_dim = self.arguments[14]
+        hopper = runs_hopper_kernels(query.device) and head_dim <= HOPPER_BACKWARD_DIM
+        group = query_heads // key_heads
+        # Rows of a block are of one head in Hopper's kernels, of all that share a key head elsewhere.
         rows, of_heads = (tokens[0], group) if hopper else (tokens[0] * group, 1)
         row_blocks = -(-rows // _native.BACKWARD_ROWS) * of_heads
         key_blocks = -(-tokens[1] // _native.BACKWARD_KEYS)

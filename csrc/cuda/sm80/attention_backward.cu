@@ -1,4 +1,5 @@
-// Gradients of attention for Ampere and newer, up to head_dim 128; the same bits in every run.
+// Gradients of attention for Ampere and newer, up to head_dim 128; the same bits in every run. Above that:
+// attention_backward_wide.cu.
 //
 //     P = 2^(S - lse)    dP = dO v^T    dS = P (dP - delta)    dq = dS k    dk = dS^T q    dv = P^T dO
 //
@@ -16,9 +17,7 @@
 // to a multiprocessor overlap them.
 #include <cstring>
 
-#include "../kernels.h"
-#include "../queries.cuh"
-#include "../softmax.cuh"
+#include "gradients.cuh"
 
 namespace longrope {
 namespace {
@@ -26,21 +25,27 @@ namespace {
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = kBackwardRows, kKeys = kBackwardKeys;
 static_assert(kRows == 16 * kWarps && kKeys == 16 * kWarps, "a warp takes 16 rows or keys");
 
-struct BackwardLaunch {
-    AttentionBackwardParams params;
-    BackwardScratch scratch;
-};
-
-template <int kHeadDim>
+// What a block keeps: two tiles of its own rows or keys and, after them, two that it walks; then what is known of rows.
+// Its sums in fp32 take the place of all but the first tile.
+template <int kHeadDim, int kWalked>
 struct Shape {
     static constexpr int kSteps = kHeadDim / 16;
-    using TileT = Tile<kRows, kHeadDim>;
-    // Queries, grad_out, keys, values; then what is known of the rows. Sums in fp32 take the place of two tiles.
-    static constexpr int kRowInfo = 4 * TileT::kBytes, kSharedBytes = kRowInfo + kRows * 16;
+    using OwnTile = Tile<kRows, kHeadDim>;
+    using WalkedTile = Tile<kWalked, kHeadDim>;
+    static constexpr int kSums = OwnTile::kBytes, kRowInfo = 2 * (OwnTile::kBytes + WalkedTile::kBytes);
+    static constexpr int kSharedBytes = kRowInfo + kRows * 16;
+    static_assert(kSums + kRows * kHeadDim * 4 <= kRowInfo && kWalked <= kRows, "the sums and the rows fit");
     static_assert(kSharedBytes <= kSharedLimit, "the tiles do not fit sm_86");
 
-    LONGROPE_DEVICE static TileT tile(int i) { return {static_cast<SharedAddress>(i * TileT::kBytes)}; }
+    LONGROPE_DEVICE static OwnTile own(int i) { return {static_cast<SharedAddress>(i * OwnTile::kBytes)}; }
+    LONGROPE_DEVICE static WalkedTile walked(int i) {
+        return {static_cast<SharedAddress>(2 * OwnTile::kBytes + i * WalkedTile::kBytes)};
+    }
 };
+
+// Rows at a time for dk and dv: with 64 rows the registers of a head_dim of 96 or 128 spill.
+template <int kHeadDim>
+constexpr int kRowsWalked = kHeadDim > 64 ? 32 : 64;
 
 // The keys that a row sees, its lse in units of log 2, and its delta. A row that sees nothing has an empty interval.
 struct RowInfo {
@@ -67,72 +72,20 @@ LONGROPE_DEVICE RowInfo load_row_info(SharedAddress base, int row) {
 // P and dS of one score; `score` and `grad` become them.
 LONGROPE_DEVICE void turn_into_gradients(float& score, float& grad, const RowInfo& row, int key,
                                          const ScoreScale& scale, float slope) {
-    if (scale.capped()) {
-        const float bounded = tanh_fast(score * scale.cap_slope);
-        score = bounded * scale.cap_log2;
-        slope *= 1.0f - bounded * bounded;
-    } else {
-        score *= scale.scale_log2;
-    }
+    const float weight = probability(score, row.lse, scale, slope);
     const bool seen = key >= row.low && key < row.high;
-    score = seen ? exp2_fast(score - row.lse) : 0.0f;
-    grad = seen ? score * (grad - row.delta) * slope : 0.0f;
+    score = seen ? weight : 0.0f;
+    grad = seen ? weight * (grad - row.delta) * slope : 0.0f;
 }
 
-// left[16 rows of a warp] times right^T: 16 rows of sums, as many columns as `right` has rows.
-template <class T, int kSteps, int kTiles, class LeftTile, class RightTile>
-LONGROPE_DEVICE void multiply_rows(float (&sums)[kTiles][4], LeftTile left, RightTile right) {
-    static_assert(8 * kTiles == RightTile::kRows, "a column of sums for every row");
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-        uint32_t a[4], both[4], b[2];
-        load_left(a, left, 16 * warp_index(), step);
-#pragma unroll
-        for (int j = 0; j < kTiles / 2; ++j) {
-            load_right(both, right, 16 * j, step);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                right_half(b, both, half);
-                multiply_add<T>(sums[2 * j + half], a, b);
-            }
-        }
-    }
+// The operand that a warp's 16 rows of a tile are, and the one that 16 columns of its sums are.
+template <class TileT>
+LONGROPE_DEVICE auto rows_of_warp(TileT tile) {
+    return [tile](uint32_t (&a)[4], int step) { load_left(a, tile, 16 * warp_index(), step); };
 }
-
-// weights[16 rows, as sums] times right: 16 x head_dim sums.
-template <class T, int kSteps, int kTiles, class TileT>
-LONGROPE_DEVICE void multiply_weights(float (&sums)[2 * kSteps][4], const float (&weights)[kTiles][4], TileT right) {
-#pragma unroll
-    for (int j = 0; j < kTiles / 2; ++j) {
-        uint32_t a[4];
-        probabilities_left<T>(a, weights[2 * j], weights[2 * j + 1]);
-#pragma unroll
-        for (int n = 0; n < kSteps; ++n) {
-            uint32_t both[4], b[2];
-            load_right_transposed(both, right, 16 * j, n);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                right_half(b, both, half);
-                multiply_add<T>(sums[2 * n + half], a, b);
-            }
-        }
-    }
-}
-
-// Starts copying the rows of a block, or zeros, from an operand like the query.
-template <class T, class TileT>
-LONGROPE_DEVICE void copy_rows(const Operand& x, const Sequence& s, const RowMap& map, int64_t first, int count,
-                               TileT tile, int head_dim) {
-    copy_tile<kThreads>(tile, count, head_dim, [&](int r) {
-        return static_cast<const T*>(s.query_row<T>(x, map.head(first + r), map.token(first + r)));
-    });
-}
-
-template <class T, class TileT>
-LONGROPE_DEVICE void copy_keys(const Operand& x, const Sequence& s, int64_t head, int first, TileT tile, int head_dim) {
-    const T* base = row_of<T>(x, s.b, head, s.key_start + first);
-    copy_tile<kThreads>(tile, static_cast<int>(s.key_length) - first, head_dim,
-                        [&](int r) { return base + r * x.token_stride; });
+template <class T, int kTiles>
+LONGROPE_DEVICE auto columns_of(const float (&sums)[kTiles][4]) {
+    return [&sums](uint32_t (&a)[4], int j) { probabilities_left<T>(a, sums[2 * j], sums[2 * j + 1]); };
 }
 
 LONGROPE_DEVICE void store_row_info(const BackwardLaunch& launch, const Sequence& s, const RowMap& map, int64_t first,
@@ -152,43 +105,10 @@ LONGROPE_DEVICE void store_row_info(const BackwardLaunch& launch, const Sequence
     }
 }
 
-// A warp's sums to fp32 rows in shared memory.
-template <int kHeadDim, int kTiles>
-LONGROPE_DEVICE void spread_sums(SharedAddress to, const float (&sums)[kTiles][4]) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int row = 16 * warp_index() + lane_index() / 4 + c / 2 * 8;
-            store_shared(to + (row * kHeadDim + 8 * n + lane_index() % 4 * 2 + c % 2) * 4, sums[n][c]);
-        }
-}
-
-// The part of a block in the gradient of the frequencies: sum of p (a db - b da) over its rows, by pair.
-template <class T, int kHeadDim, class TileT, class PositionOf>
-LONGROPE_DEVICE void store_frequency_part(const Regime& regime, TileT rotated, SharedAddress grads, int count,
-                                          double* part, const PositionOf& position_of) {
-    for (int pair = thread_index(); pair < regime.pairs; pair += kThreads) {
-        const int first = regime.interleaved ? 2 * pair : pair;
-        const int second = regime.interleaved ? first + 1 : pair + regime.pairs;
-        double sum = 0.0;
-        for (int r = 0; r < count; ++r) {
-            const int64_t position = position_of(r);
-            if (position < regime.start_tokens) continue;
-            const SharedRow<T, TileT> row{rotated, r};
-            const SharedFloatRow grad{grads + r * kHeadDim * 4};
-            const double cross = static_cast<double>(row.load1(first)) * grad.load1(second) -
-                                 static_cast<double>(row.load1(second)) * grad.load1(first);
-            sum += static_cast<double>(position) * cross;
-        }
-        store_global(part + pair, sum);
-    }
-}
-
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, int kWalked>
 LONGROPE_KERNEL(kThreads)
 query_gradient_kernel(const BackwardLaunch launch) {
-    using S = Shape<kHeadDim>;
+    using S = Shape<kHeadDim, kWalked>;
     const AttentionParams& p = launch.params.forward;
     const int head_dim = static_cast<int>(p.head_dim);
     const int64_t row_block = launch.scratch.row_blocks - 1 - block_index() % launch.scratch.row_blocks;
@@ -198,65 +118,67 @@ query_gradient_kernel(const BackwardLaunch launch) {
     const int64_t first_row = row_block * kRows, left = s.query_count * map.group - first_row;
     if (left <= 0) return;
     const int count = static_cast<int>(left < kRows ? left : kRows);
-    const auto queries = S::tile(0), grads = S::tile(1), keys = S::tile(2), values = S::tile(3);
+    const auto queries = S::own(0), grads = S::own(1);
+    const auto keys = S::walked(0), values = S::walked(1);
 
-    copy_rows<T>(launch.scratch.query, s, map, first_row, count, queries, head_dim);
-    copy_rows<T>(launch.params.grad_out, s, map, first_row, count, grads, head_dim);
+    copy_rows<T, kThreads>(launch.scratch.query, s, map, first_row, count, queries, head_dim);
+    copy_rows<T, kThreads>(launch.params.grad_out, s, map, first_row, count, grads, head_dim);
     store_row_info(launch, s, map, first_row, count, kRows, S::kRowInfo);
     const Interval first_seen = s.visible(p, map.token(first_row));
     const Interval last_seen = s.visible(p, map.token(first_row + count - 1));
-    const int begin = static_cast<int>(first_seen.low / kKeys * kKeys);
+    const int begin = static_cast<int>(first_seen.low / kWalked * kWalked);
     const int end = static_cast<int>(last_seen.high < s.key_length ? last_seen.high : s.key_length);
     const ScoreScale scale(p.scale, p.softcap);
     float out[2 * S::kSteps][4] = {};
 
-    for (int first = begin; first < end; first += kKeys) {
-        copy_keys<T>(launch.scratch.key, s, key_head, first, keys, head_dim);
-        copy_keys<T>(p.value, s, key_head, first, values, head_dim);
+    for (int first = begin; first < end; first += kWalked) {
+        copy_keys<T, kThreads>(launch.scratch.key, s, key_head, first, keys, head_dim);
+        copy_keys<T, kThreads>(p.value, s, key_head, first, values, head_dim);
         copy_async_commit();
         copy_async_wait<0>();
         block_sync();  // the tiles are there for all
-        float scores[8][4] = {}, slopes[8][4] = {};
-        multiply_rows<T, S::kSteps>(scores, queries, keys);
-        multiply_rows<T, S::kSteps>(slopes, grads, values);
+        float scores[kWalked / 8][4] = {}, slopes[kWalked / 8][4] = {};
+        multiply_rows<T, S::kSteps>(scores, keys, rows_of_warp(queries));
+        multiply_rows<T, S::kSteps>(slopes, values, rows_of_warp(grads));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const RowInfo row = load_row_info(S::kRowInfo, 16 * warp_index() + lane_index() / 4 + 8 * r);
 #pragma unroll
-            for (int j = 0; j < 8; ++j)
+            for (int j = 0; j < kWalked / 8; ++j)
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
                     turn_into_gradients(scores[j][2 * r + c], slopes[j][2 * r + c], row,
                                         first + 8 * j + lane_index() % 4 * 2 + c, scale, p.scale);
         }
-        multiply_weights<T, S::kSteps>(out, slopes, keys);
+        multiply_weights<T>(out, keys, 0, columns_of<T>(slopes));
         block_sync();  // the tiles are done with
     }
     copy_async_commit();
     copy_async_wait<0>();
     block_sync();  // where no tile was visited, the queries are still arriving
-    spread_sums<kHeadDim>(keys.base, out);
+    spread_sums(S::kSums, out, 16 * warp_index(), kHeadDim);
     block_sync();
     const Regime regime = regime_of(p.rotation, s.b);
     const auto position_of = [&](int r) { return s.query_position(p, map.token(first_row + r)); };
     rotate_rows<kThreads>(
-        regime, head_dim, count, true, position_of, [&](int r) { return SharedFloatRow{keys.base + r * kHeadDim * 4}; },
+        regime, head_dim, count, true, position_of, [&](int r) { return SharedFloatRow{S::kSums + r * kHeadDim * 4u}; },
         [&](int r) {
             const int64_t row = first_row + r;
             return GlobalRow<T>{s.query_row<T>(launch.params.grad_query, map.head(row), map.token(row))};
         });
     if (launch.scratch.query_part != nullptr)
-        store_frequency_part<T, kHeadDim>(
-            regime, queries, keys.base, count,
+        store_frequency_part<kThreads>(
+            regime, S::kSums, kHeadDim, count,
             launch.scratch.query_part +
                 ((s.b * p.key_heads + key_head) * launch.scratch.row_blocks + row_block) * regime.pairs,
-            position_of);
+            [&](int r) { return SharedRow<T, typename S::OwnTile>{queries, r}; }, position_of);
 }
 
 template <class T, int kHeadDim>
 LONGROPE_KERNEL(kThreads)
 key_gradient_kernel(const BackwardLaunch launch) {
-    using S = Shape<kHeadDim>;
+    constexpr int kWalked = kRowsWalked<kHeadDim>;
+    using S = Shape<kHeadDim, kWalked>;
     const AttentionParams& p = launch.params.forward;
     const int head_dim = static_cast<int>(p.head_dim);
     const int64_t key_block = block_index() % launch.scratch.key_blocks;
@@ -267,32 +189,30 @@ key_gradient_kernel(const BackwardLaunch launch) {
     const int left = static_cast<int>(s.key_length) - first_key, count = left < kKeys ? left : kKeys;
     if (count <= 0) return;
     const int64_t rows = s.query_count * map.group;
-    const auto keys = S::tile(2), values = S::tile(3);
-    // With 64 rows at a time the registers of a head_dim of 96 or 128 spill.
-    constexpr int kRows = kHeadDim > 64 ? 32 : 64, kRowTiles = kRows / 8;
-    const Tile<kRows, kHeadDim> queries{S::tile(0).base}, grads{S::tile(1).base};
+    const auto keys = S::own(0), values = S::own(1);
+    const auto queries = S::walked(0), grads = S::walked(1);
 
-    copy_keys<T>(launch.scratch.key, s, key_head, first_key, keys, head_dim);
-    copy_keys<T>(p.value, s, key_head, first_key, values, head_dim);
+    copy_keys<T, kThreads>(launch.scratch.key, s, key_head, first_key, keys, head_dim);
+    copy_keys<T, kThreads>(p.value, s, key_head, first_key, values, head_dim);
     const ScoreScale scale(p.scale, p.softcap);
     float d_keys[2 * S::kSteps][4] = {}, d_values[2 * S::kSteps][4] = {};
 
-    for (int64_t first = 0; first < rows; first += kRows) {
-        const int row_count = static_cast<int>(rows - first < kRows ? rows - first : kRows);
+    for (int64_t first = 0; first < rows; first += kWalked) {
+        const int row_count = static_cast<int>(rows - first < kWalked ? rows - first : kWalked);
         if (s.visible(p, map.token(first)).low >= first_key + kKeys ||
             s.visible(p, map.token(first + row_count - 1)).high <= first_key)
             continue;
-        copy_rows<T>(launch.scratch.query, s, map, first, row_count, queries, head_dim);
-        copy_rows<T>(launch.params.grad_out, s, map, first, row_count, grads, head_dim);
+        copy_rows<T, kThreads>(launch.scratch.query, s, map, first, row_count, queries, head_dim);
+        copy_rows<T, kThreads>(launch.params.grad_out, s, map, first, row_count, grads, head_dim);
         copy_async_commit();
-        store_row_info(launch, s, map, first, row_count, kRows, S::kRowInfo);
+        store_row_info(launch, s, map, first, row_count, kWalked, S::kRowInfo);
         copy_async_wait<0>();
         block_sync();  // the tiles are there for all
-        float scores[kRowTiles][4] = {}, slopes[kRowTiles][4] = {};
-        multiply_rows<T, S::kSteps>(scores, keys, queries);
-        multiply_rows<T, S::kSteps>(slopes, values, grads);
+        float scores[kWalked / 8][4] = {}, slopes[kWalked / 8][4] = {};
+        multiply_rows<T, S::kSteps>(scores, queries, rows_of_warp(keys));
+        multiply_rows<T, S::kSteps>(slopes, grads, rows_of_warp(values));
 #pragma unroll
-        for (int j = 0; j < kRowTiles; ++j)
+        for (int j = 0; j < kWalked / 8; ++j)
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const RowInfo row = load_row_info(S::kRowInfo, 8 * j + lane_index() % 4 * 2 + c);
@@ -301,8 +221,8 @@ key_gradient_kernel(const BackwardLaunch launch) {
                     turn_into_gradients(scores[j][2 * r + c], slopes[j][2 * r + c], row,
                                         first_key + 16 * warp_index() + lane_index() / 4 + 8 * r, scale, p.scale);
             }
-        multiply_weights<T, S::kSteps>(d_values, scores, grads);
-        multiply_weights<T, S::kSteps>(d_keys, slopes, queries);
+        multiply_weights<T>(d_values, grads, 0, columns_of<T>(scores));
+        multiply_weights<T>(d_keys, queries, 0, columns_of<T>(slopes));
         block_sync();  // the tiles are done with
     }
     copy_async_commit();
@@ -314,34 +234,45 @@ key_gradient_kernel(const BackwardLaunch launch) {
         return GlobalRow<T>{row_of<T>(x, s.b, key_head, s.key_start + first_key + r)};
     };
     const auto position_of = [&](int r) { return s.key_position(p, first_key + r); };
-    const SharedAddress sums = queries.base;
-    spread_sums<kHeadDim>(sums, d_values);
+    const SharedAddress sums = S::kSums;
+    spread_sums(sums, d_values, 16 * warp_index(), kHeadDim);
     block_sync();
     for (int i = thread_index(); i < count * (head_dim / kChunk); i += kThreads) {
         const int r = i / (head_dim / kChunk), c = i % (head_dim / kChunk);
         row_at(launch.params.grad_value, r).store8(c, SharedFloatRow{sums + r * kHeadDim * 4}.load8(c));
     }
     block_sync();
-    spread_sums<kHeadDim>(sums, d_keys);
+    spread_sums(sums, d_keys, 16 * warp_index(), kHeadDim);
     block_sync();
     rotate_rows<kThreads>(
         regime, head_dim, count, true, position_of, [&](int r) { return SharedFloatRow{sums + r * kHeadDim * 4}; },
         [&](int r) { return row_at(launch.params.grad_key, r); });
     if (launch.scratch.key_part != nullptr)
-        store_frequency_part<T, kHeadDim>(
-            regime, keys, sums, count,
+        store_frequency_part<kThreads>(
+            regime, sums, kHeadDim, count,
             launch.scratch.key_part +
                 ((s.b * p.key_heads + key_head) * launch.scratch.key_blocks + key_block) * regime.pairs,
-            position_of);
+            [&](int r) { return SharedRow<T, typename S::OwnTile>{keys, r}; }, position_of);
+}
+
+template <class T, int kHeadDim, int kWalked>
+void run_query_gradient(const BackwardLaunch& arguments, int64_t heads, Stream stream) {
+    launch(query_gradient_kernel<T, kHeadDim, kWalked>, arguments.scratch.row_blocks * heads, kThreads,
+           Shape<kHeadDim, kWalked>::kSharedBytes, arguments, stream);
 }
 
 template <class T, int kHeadDim>
 void run(const BackwardLaunch& arguments, Stream stream) {
-    using S = Shape<kHeadDim>;
-    const AttentionParams& p = arguments.params.forward;
-    const int64_t heads = p.batch * p.key_heads;
-    launch(query_gradient_kernel<T, kHeadDim>, arguments.scratch.row_blocks * heads, kThreads, S::kSharedBytes,
-           arguments, stream);
+    using S = Shape<kHeadDim, kRowsWalked<kHeadDim>>;
+    static_assert(blocks_that_fit(kSharedLimit + 1024, S::kSharedBytes) >= 2, "one block alone has no overlap");
+    const int64_t heads = arguments.params.forward.batch * arguments.params.forward.key_heads;
+    // Two blocks to a multiprocessor: at head_dim 128 that takes smaller tiles where there are 100 KB.
+    if constexpr (kHeadDim <= 96)
+        run_query_gradient<T, kHeadDim, 64>(arguments, heads, stream);
+    else if (blocks_that_fit(multiprocessor_shared(), Shape<kHeadDim, 64>::kSharedBytes) >= 2)
+        run_query_gradient<T, kHeadDim, 64>(arguments, heads, stream);
+    else
+        run_query_gradient<T, kHeadDim, 32>(arguments, heads, stream);
     launch(key_gradient_kernel<T, kHeadDim>, arguments.scratch.key_blocks * heads, kThreads, S::kSharedBytes, arguments,
            stream);
 }
@@ -360,6 +291,7 @@ void run_of_width(const BackwardLaunch& arguments, Stream stream) {
 void attention_backward_sm80(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream) {
     attention_delta(params, scratch, stream);
     const BackwardLaunch arguments{params, scratch};
+    if (params.forward.head_dim > 128) return attention_backward_wide_sm80(arguments, stream);
     if (params.forward.dtype == Dtype::kFloat16) return run_of_width<Half>(arguments, stream);
     run_of_width<BFloat16Bits>(arguments, stream);
 }

@@ -2,13 +2,13 @@
 //
 //     S = q k^T     m' = max(m, rowmax S)     P = 2^(S - m')     l = l 2^(m - m') + rowsum P     O = O 2^(m - m') + P v
 //
-// A block takes rows of one (sequence, key head): 4 warps of 16 or 32 rows, over tokens and the query heads that share
-// the key head. It rotates its queries into shared memory once and walks the tiles of 64 (or 32) keys that its rows
-// see. Keys come rotated (prepare_keys: one pass over the keys, a part in a thousand of the work where there are many
-// rows).
+// A block takes 128 rows of one (sequence, key head), over tokens and the query heads that share the key head: 4 warps
+// of 32 rows, above head_dim 128 8 warps of 16. It rotates its queries into shared memory once and walks the tiles of
+// 64 (or 32) keys that its rows see. Keys come rotated (prepare_keys: one pass over the keys, a part in a thousand of
+// the work where there are many rows).
 //
 // The copy of a tile's values runs under the product with its keys, the copy of the next keys under the softmax and the
-// product with the values: one buffer of each is enough, and two blocks fit on a multiprocessor.
+// product with the values: one buffer of each is enough, and 8 warps fit on a multiprocessor, in two blocks or in one.
 //
 // Operations: 4 head_dim per visible score on the tensor cores (at head_dim 128 a warp's tile of 32 rows and 32 keys is
 // 1,024 cycles of an A100's quarter), about 12 fp32 instructions and one exp2 per score. Bytes: queries and output
@@ -26,42 +26,39 @@
 namespace longrope {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kRows = 128;
 
-template <int kHeadDim>
+template <int kHeadDim, int kTileKeys>
 struct Shape {
     // Two row tiles a warp halve the reads of keys and values from shared memory; at 256 the registers hold one.
     static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1;
-    // With 64 keys the registers of a head_dim of 96 or 128 spill.
-    static constexpr int kKeys = kHeadDim == 96 || kHeadDim == 128 ? 32 : 64;
-    static constexpr int kRows = 16 * kRowTiles * kWarps, kSteps = kHeadDim / 16;
+    static constexpr int kWarps = kRows / (16 * kRowTiles), kThreads = 32 * kWarps;
+    static constexpr int kKeys = kTileKeys, kSteps = kHeadDim / 16;
     using QueryTile = Tile<kRows, kHeadDim>;
     using KeyTile = Tile<kKeys, kHeadDim>;
     static constexpr int kSeen = QueryTile::kBytes + 2 * KeyTile::kBytes;
     static constexpr int kSharedBytes = kSeen + kRows * 8;
-    static_assert(kSharedBytes <= kSharedLimit, "the tiles do not fit sm_86");
 
     // Where the interval of keys that a row sees is kept: low and high, int32.
     LONGROPE_DEVICE static SharedAddress seen_of(int row) { return kSeen + row * 8; }
 };
 
 // What a block works on.
-template <class S>
 struct Work {
     int64_t key_head, b;
     int64_t first_row;  // of the sequence's rows
 
     LONGROPE_DEVICE explicit Work(const AttentionParams& p) {
-        const int64_t row_blocks = (p.query_tokens * (p.query_heads / p.key_heads) + S::kRows - 1) / S::kRows;
+        const int64_t row_blocks = (p.query_tokens * (p.query_heads / p.key_heads) + kRows - 1) / kRows;
         // The last rows see the most keys under a causal mask: they go first, and short blocks fill the end.
-        first_row = (row_blocks - 1 - block_index() % row_blocks) * S::kRows;
+        first_row = (row_blocks - 1 - block_index() % row_blocks) * kRows;
         key_head = block_index() / row_blocks % p.key_heads;
         b = block_index() / row_blocks / p.key_heads;
     }
     // Rows of the block that exist; none, or less: the block has nothing to do.
     LONGROPE_DEVICE int count(const Sequence& s, const RowMap& map) const {
         const int64_t left = s.query_count * map.group - first_row;
-        return static_cast<int>(left < S::kRows ? left : S::kRows);
+        return static_cast<int>(left < kRows ? left : kRows);
     }
 };
 
@@ -70,7 +67,7 @@ struct Work {
 template <class T, class S>
 LONGROPE_DEVICE void store_rows(const AttentionParams& p, float (&out)[S::kRowTiles][2 * S::kSteps][4],
                                 const float (&top)[S::kRowTiles][2], const float (&total)[S::kRowTiles][2]) {
-    const Work<S> work(p);
+    const Work work(p);
     const Sequence s(p, work.b);
     const RowMap map(p, work.key_head);
     const int count = work.count(s, map), warp_row = warp_index() * 16 * S::kRowTiles;
@@ -80,12 +77,13 @@ LONGROPE_DEVICE void store_rows(const AttentionParams& p, float (&out)[S::kRowTi
                          total[i]);
 }
 
-template <class T, int kHeadDim>
-LONGROPE_KERNEL(kThreads)
+template <class T, int kHeadDim, int kTileKeys>
+LONGROPE_KERNEL((Shape<kHeadDim, kTileKeys>::kThreads))
 attention_forward_kernel(const AttentionParams p) {
-    using S = Shape<kHeadDim>;
+    using S = Shape<kHeadDim, kTileKeys>;
     constexpr int kRowTiles = S::kRowTiles, kSteps = S::kSteps, kKeys = S::kKeys, kKeySteps = kKeys / 16;
-    const Work<S> work(p);
+    constexpr int kThreads = S::kThreads;
+    const Work work(p);
     const Sequence s(p, work.b);
     const RowMap map(p, work.key_head);
     const int count = work.count(s, map);
@@ -107,10 +105,10 @@ attention_forward_kernel(const AttentionParams p) {
     const int end = static_cast<int>(last_seen.high < s.key_length ? last_seen.high : s.key_length);
     // Tiles within these are seen whole by every row.
     const int whole_begin = static_cast<int>(last_seen.low);
-    const int whole_end = count < S::kRows ? 0 : static_cast<int>(first_seen.high);
+    const int whole_end = count < kRows ? 0 : static_cast<int>(first_seen.high);
     if (begin < end) copy_keys(p.key, keys, begin);
     load_queries<T, kThreads>(p, s, map, work.first_row, count, queries);
-    for (int r = thread_index(); r < S::kRows; r += kThreads) {
+    for (int r = thread_index(); r < kRows; r += kThreads) {
         const Interval seen = r < count ? s.visible(p, map.token(work.first_row + r)) : Interval{0, 0};
         store_shared(S::seen_of(r), Vec8{static_cast<uint32_t>(seen.low), static_cast<uint32_t>(seen.high)});
     }
@@ -191,21 +189,24 @@ attention_forward_kernel(const AttentionParams p) {
     store_rows<T, S>(p, out, top, total);
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, int kTileKeys>
 void run(const AttentionParams& p, Stream stream) {
-    using S = Shape<kHeadDim>;
+    using S = Shape<kHeadDim, kTileKeys>;
     const int64_t rows = p.query_tokens * (p.query_heads / p.key_heads);
-    launch(attention_forward_kernel<T, kHeadDim>, (rows + S::kRows - 1) / S::kRows * p.key_heads * p.batch, kThreads,
-           S::kSharedBytes, p, stream);
+    launch(attention_forward_kernel<T, kHeadDim, kTileKeys>, (rows + kRows - 1) / kRows * p.key_heads * p.batch,
+           S::kThreads, S::kSharedBytes, p, stream);
 }
 
 template <class T>
 void run_of_width(const AttentionParams& p, Stream stream) {
-    if (p.head_dim <= 32) return run<T, 32>(p, stream);
-    if (p.head_dim <= 64) return run<T, 64>(p, stream);
-    if (p.head_dim <= 96) return run<T, 96>(p, stream);
-    if (p.head_dim <= 128) return run<T, 128>(p, stream);
-    return run<T, 256>(p, stream);
+    if (p.head_dim <= 32) return run<T, 32, 64>(p, stream);
+    if (p.head_dim <= 64) return run<T, 64, 64>(p, stream);
+    // With 64 keys the registers of a head_dim of 96 or 128 spill.
+    if (p.head_dim <= 96) return run<T, 96, 32>(p, stream);
+    if (p.head_dim <= 128) return run<T, 128, 32>(p, stream);
+    static_assert(Shape<256, 32>::kSharedBytes <= kSharedLimit, "the tiles do not fit sm_86");
+    const bool wide = blocks_that_fit(multiprocessor_shared(), Shape<256, 64>::kSharedBytes) > 0;
+    return wide ? run<T, 256, 64>(p, stream) : run<T, 256, 32>(p, stream);
 }
 
 }  // namespace
