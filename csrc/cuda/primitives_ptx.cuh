@@ -147,6 +147,10 @@ LONGROPE_DEVICE uint32_t anew(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+LONGROPE_DEVICE const uint8_t* anew(const uint8_t* x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
 
 template <class T>
 LONGROPE_DEVICE uint32_t pack(float low, float high);

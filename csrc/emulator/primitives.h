@@ -211,6 +211,9 @@ inline float exp2_fast(float x) {
 inline uint32_t anew(uint32_t x) {
     return x;
 }
+inline const uint8_t* anew(const uint8_t* x) {
+    return x;
+}
 
 template <class T>
 uint32_t pack(float low, float high) {

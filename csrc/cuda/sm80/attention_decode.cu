@@ -62,7 +62,7 @@ LONGROPE_DEVICE void load_decode_queries(const AttentionParams& p, const Sequenc
 
 // The scores of a tile's keys, each way there is to rotate them; which one is the same for the whole block.
 template <class T, class Q, class S>
-LONGROPE_DEVICE void multiply_tile(float (&scores)[2][4], const AttentionParams& p, int b, int length,
+LONGROPE_DEVICE void multiply_tile(float (&scores)[2][4], const AttentionParams& p, uint32_t b, int length,
                                    const TableAngles<S>& table, bool in_table, bool in_chunks, int first, int stage) {
     const SharedAddress scales = S::kQuantised ? S::channel_scales(stage) : 0;
     const bool interleaved = p.rotation.interleaved != 0;
@@ -156,7 +156,7 @@ attention_decode_kernel(const DecodeLaunch launch) {
     using S = DecodeShape<T, kHeadDim, Q>;
     const AttentionParams& p = launch.params;
     const int split = static_cast<int>(block_index() % launch.scratch.splits);
-    const int head = static_cast<int>(block_index() / launch.scratch.splits % p.key_heads);
+    const uint32_t head = static_cast<uint32_t>(block_index() / launch.scratch.splits % p.key_heads);
     const Sequence s(p, block_index() / launch.scratch.splits / p.key_heads);
     const RowMap map(p, head);
     const int rows = static_cast<int>(s.query_count * map.group);
@@ -193,7 +193,8 @@ attention_decode_kernel(const DecodeLaunch launch) {
         high[r] = static_cast<int>(seen.high);
     }
 
-    const int b = static_cast<int>(s.b), length = static_cast<int>(s.key_length);
+    const uint32_t b = static_cast<uint32_t>(s.b);
+    const int length = static_cast<int>(s.key_length);
     // Keys below are not rescaled; no tile comes after 2^31 - 1.
     const int start_tokens = static_cast<int>(regime.start_tokens < INT32_MAX ? regime.start_tokens : INT32_MAX);
     const bool in_chunks = Columns<kHeadDim>(p.rotation).move_chunks_of(8);
@@ -272,12 +273,16 @@ void run(const AttentionParams& p, const AttentionScratch& scratch, Stream strea
     const auto of = [&](auto q) {
         using Q = decltype(q);
         using S = DecodeShape<T, kHeadDim, Q>;
+        constexpr int kStep = TileCopies<T, kHeadDim, Q>::kRowStep;
+        const int64_t size = p.pages.block_table == nullptr ? kStep + 1 : p.pages.page_tokens;
         const DecodeLaunch arguments{p,
                                      scratch,
                                      ScoreScale(p.scale, p.softcap),
                                      ByteStrides(p.key, sizeof(Q)),
                                      ByteStrides(p.value, sizeof(Q)),
-                                     static_cast<int32_t>(p.query_heads / p.key_heads)};
+                                     static_cast<int32_t>(p.query_heads / p.key_heads),
+                                     static_cast<uint32_t>(kStep / size),
+                                     static_cast<uint32_t>(kStep % size)};
         launch(attention_decode_kernel<T, kHeadDim, Q>, blocks, S::kThreads, S::kSharedBytes, arguments, stream);
     };
     if (p.pages.key_scale == nullptr) return of(T{});

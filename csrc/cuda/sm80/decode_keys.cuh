@@ -53,7 +53,7 @@ template <class S>
 class TableAngles {
   public:
     // Called by all threads before each tile. `below`: its keys are below start_tokens.
-    LONGROPE_DEVICE void begin(const AttentionParams& p, int b, bool below, int first) {
+    LONGROPE_DEVICE void begin(const AttentionParams& p, uint32_t b, bool below, int first) {
         if (table_ != below) {
             table_ = below;
             block_sync();  // the tables before are done with
@@ -110,7 +110,7 @@ class TableAngles {
 template <class S>
 class ExactAngles {
   public:
-    LONGROPE_DEVICE ExactAngles(const AttentionParams& p, int b, int first) {
+    LONGROPE_DEVICE ExactAngles(const AttentionParams& p, uint32_t b, int first) {
         const Sequence s(p, b);
         const Regime regime = regime_of(p.rotation, b);
         factor_ = regime.factor;
@@ -128,6 +128,7 @@ class ExactAngles {
     LONGROPE_DEVICE void of(CosSin (&keys)[2][2], int entry, int) const {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
+            warp_sync();  // as in ScatteredKeys
             const int pair = Places<S>::pair(interleaved_, 2 * entry + e);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -216,6 +217,7 @@ class ScatteredKeys {
 
     LONGROPE_DEVICE void load(int) {}
     LONGROPE_DEVICE PairDims get(int half, int entry, int) const {
+        warp_sync();  // one key after another: together they take registers that the rest of the kernel needs
         const auto row = row_at_(16 * warp_index() + key_of(half, lane_index() / 4));
         PairDims x;
 #pragma unroll

@@ -86,28 +86,20 @@ struct DecodeLaunch {
     AttentionScratch scratch;
     ScoreScale scale;
     ByteStrides key, value;
-    int32_t group;  // query heads that share a key head
+    int32_t group;                     // query heads that share a key head
+    uint32_t step_pages, step_tokens;  // from a row that a thread copies to its next
 };
 
-// Walks the keys of a sequence in steps of one length, through its pages.
+// Walks the keys of a sequence through its pages, in steps of `launch.step_pages` pages and `launch.step_tokens`.
 struct PageWalk {
-    uint32_t step_pages, step_tokens;
     uint32_t page, token;
 
-    PageWalk() = default;
-
-    LONGROPE_DEVICE PageWalk(const Pages& pages, uint32_t index, uint32_t step)
-        : step_pages(step / size(pages)),
-          step_tokens(step % size(pages)),
-          page(index / size(pages)),
-          token(index % size(pages)) {}
-
-    static LONGROPE_DEVICE uint32_t size(const Pages& pages) { return static_cast<uint32_t>(pages.page_tokens); }
-    LONGROPE_DEVICE void step(const Pages& pages) {
-        page += step_pages;
-        token += step_tokens;
-        if (token >= size(pages)) {
-            token -= size(pages);
+    LONGROPE_DEVICE void step(const DecodeLaunch& launch) {
+        const uint32_t size = static_cast<uint32_t>(launch.params.pages.page_tokens);
+        page += launch.step_pages;
+        token += launch.step_tokens;
+        if (token >= size) {
+            token -= size;
             ++page;
         }
     }
@@ -115,47 +107,55 @@ struct PageWalk {
 
 template <class T, int kHeadDim, class Q, class S = DecodeShape<T, kHeadDim, Q>>
 class TileCopies {
+    static constexpr int kDims = S::kQuantised ? 16 : 8;  // of 16 bytes
+    static constexpr int kChunks = kHeadDim / kDims;      // of a row
+    static constexpr int kLine = kChunks % 8 == 0   ? 8   // of them side by side, for as many threads
+                                 : kChunks % 4 == 0 ? 4
+                                                    : 2;
+
   public:
-    LONGROPE_DEVICE TileCopies(const DecodeLaunch& launch, const Sequence& s, int head, int first)
+    static constexpr int kRowStep = S::kThreads / kLine;
+
+    LONGROPE_DEVICE TileCopies(const DecodeLaunch& launch, const Sequence& s, uint32_t head, int first)
         : launch_(launch),
           p_(launch.params),
           head_(head),
+          b_(static_cast<uint32_t>(s.b)),
           length_(static_cast<int>(s.key_length)),
-          row_(thread_index() / kLine),
           paged_(p_.pages.block_table != nullptr),
           key_(bytes_of(p_.key, launch.key, s.key_start)),
-          value_(bytes_of(p_.value, launch.value, s.key_start)),
-          b_(static_cast<int>(s.b)) {
-        if (paged_) walk_ = PageWalk(p_.pages, first + row_, kRowStep);
+          value_(bytes_of(p_.value, launch.value, s.key_start)) {
+        const Me me;
         const Columns<kHeadDim> columns(p_.rotation);
-        const int head_dim = static_cast<int>(p_.head_dim);
+        if (paged_) {
+            const uint32_t size = static_cast<uint32_t>(p_.pages.page_tokens);
+            walk_ = {(first + me.row) / size, (first + me.row) % size};
+        }
         const uintptr_t any = reinterpret_cast<uintptr_t>(key_) | reinterpret_cast<uintptr_t>(value_) |
                               launch.key.outer | launch.key.token | launch.value.outer | launch.value.token;
-        whole_ = !S::kQuantised || (head_dim % kDims == 0 && columns.move_chunks_of(kDims) && any % 16 == 0);
+        whole_ = !S::kQuantised || (p_.head_dim % kDims == 0 && columns.move_chunks_of(kDims) && any % 16 == 0);
 #pragma unroll
-        for (int k = 0; k < kCopies; ++k) {
-            key_to_[k] = key_place(dim_of(k));
-            there_[k] = dim_of(k) < head_dim;
-        }
-        value_to_ = place(dim_of(0));
-        look_up(first);
+        for (int k = 0; k < kCopies; ++k) key_to_[k] = key_place(me, me.dim(k));
+        value_to_ = place(me, me.dim(0));
+        look_up(me, first);
     }
 
     // Starts copying the tile that begins at key `first` into a stage, with zeros past the end and past head_dim, and
     // looks up the pages of the next.
     LONGROPE_DEVICE void start(int first, int stage) {
+        const Me me;
         const bool tail = S::kQuantised && first >= length_ / kKeyGroup * kKeyGroup;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-            const bool valid = first + row_ + i * kRowStep < length_;
+            const bool valid = first + me.row + i * kRowStep < length_;
             if (!tail)
-                copy_row(S::stage(stage), i, row(key_, launch_.key, i), valid,
-                         [&](int k, int half) { return half == 0 ? key_to_[k] : key_place(anew(dim_of(k)) + 8); });
-            copy_row(S::values(stage), i, row(value_, launch_.value, i), valid,
-                     [&](int k, int half) { return value_to(k) + 8 * half; });
+                copy_row(me, S::stage(stage), i, row(key_, launch_.key, i), valid,
+                         [&](int k, int half) { return half == 0 ? key_to_[k] : key_place(me, me.dim(k) + 8); });
+            copy_row(me, S::values(stage), i, row(value_, launch_.value, i), valid,
+                     [&](int k, int half) { return value_to(me, k) + 8 * half; });
         }
         if constexpr (S::kQuantised) {
-            copy_value_scale(first, stage);
+            copy_value_scale(me, first, stage);
             if (tail)
                 copy_tile<S::kThreads>(
                     typename S::KeyTile{S::stage(stage)}, length_ - first, static_cast<int>(p_.head_dim),
@@ -163,63 +163,73 @@ class TileCopies {
             else if (4 * thread_index() < kHeadDim)
                 copy_channel_scales(stage);
         }
-        look_up(first + S::kKeys);
+        look_up(me, first + S::kKeys);
     }
 
   private:
-    static constexpr int kDims = S::kQuantised ? 16 : 8;  // of 16 bytes
-    static constexpr int kChunks = kHeadDim / kDims;      // of a row
-    static constexpr int kLine = kChunks % 8 == 0   ? 8   // of them side by side, for as many threads
-                                 : kChunks % 4 == 0 ? 4
-                                                    : 2;
-    static constexpr int kCopies = kChunks / kLine, kRowStep = S::kThreads / kLine, kRows = S::kKeys / kRowStep;
+    static constexpr int kCopies = kChunks / kLine, kRows = S::kKeys / kRowStep;
     static_assert(kRowStep % 8 == 0 && kRows <= kLine,
                   "the swizzle of a thread's rows is one, and a row's scale has its thread");
 
+    // The thread's part of a tile: chunks line, line + kLine and on of rows row, row + kRowStep and on. Made when it is
+    // needed, as registers are few.
+    struct Me {
+        int row, line;
+
+        LONGROPE_DEVICE Me() {
+            const int thread = static_cast<int>(anew(thread_index()));
+            row = thread / kLine;
+            line = thread % kLine;
+        }
+        LONGROPE_DEVICE int dim(int k) const { return (line + kLine * k) * kDims; }
+    };
+
     const DecodeLaunch& launch_;
     const AttentionParams& p_;
-    int head_, length_, row_;
-    bool paged_;
-    const uint8_t *key_, *value_;  // of the head, from the thread's first chunk on
-    int b_;
+    uint32_t head_, b_;
+    int length_;
+    bool paged_, whole_;             // whole_: 16 bytes stay together
+    const uint8_t *key_, *value_;    // of the head, from the thread's first chunk on
+    SharedAddress key_to_[kCopies];  // places in a tile at 0, of the thread's first row
+    SharedAddress value_to_;         // of the first copy; values stay in their columns
     PageWalk walk_;
-    bool whole_;                            // 16 bytes stay together
-    SharedAddress key_to_[kCopies];         // in row row_ of a tile at 0
-    SharedAddress value_to_;                // of the first copy, where values stay in their columns
-    bool there_[kCopies];                   // below head_dim
     uint32_t outer_[kRows], token_[kRows];  // of the thread's rows of the next tile
-
-    static LONGROPE_DEVICE int dim_of(int k) { return (thread_index() % kLine + kLine * k) * kDims; }
-    LONGROPE_DEVICE SharedAddress place(int column) const {
-        return typename S::StoredTile{0}.chunk(row_, column / kDims) + column % kDims;  // a byte a dim, if any
-    }
 
     LONGROPE_DEVICE const uint8_t* bytes_of(const Operand& x, const ByteStrides& strides, int64_t key_start) const {
         const auto* data = static_cast<const std::conditional_t<S::kQuantised, uint8_t, T>*>(x.data);
-        return reinterpret_cast<const uint8_t*>(data + head_ * x.head_stride) +
-               (paged_ ? 0 : key_start * strides.token) + thread_index() % kLine * 16;
+        const int64_t from = (paged_ ? 0 : key_start * strides.token) + thread_index() % kLine * 16;
+        // One address, not its terms, is kept in registers.
+        return anew(reinterpret_cast<const uint8_t*>(data + head_ * x.head_stride) + from);
     }
     // The thread's row i of the tile that was looked up.
     LONGROPE_DEVICE const uint8_t* row(const uint8_t* base, const ByteStrides& strides, int i) const {
         return base + static_cast<int64_t>(outer_[i]) * strides.outer + static_cast<int64_t>(token_[i]) * strides.token;
     }
 
-    LONGROPE_DEVICE SharedAddress key_place(int dim) const {
+    static LONGROPE_DEVICE SharedAddress place(const Me& me, int column) {
+        return typename S::StoredTile{0}.chunk(me.row, column / kDims) + column % kDims;  // a byte a dim, if any
+    }
+    LONGROPE_DEVICE SharedAddress key_place(const Me& me, int dim) const {
         const Columns<kHeadDim> columns(p_.rotation);
-        return place(columns.move_chunks_of(8) ? columns.column(dim) : dim);
+        return place(me, columns.move_chunks_of(8) ? columns.column(dim) : dim);
+    }
+    // A chunk further on lies in the same place of another slab, or is its neighbour's neighbour.
+    LONGROPE_DEVICE SharedAddress value_to(const Me& me, int k) const {
+        if constexpr (kLine % 4 == 0) return value_to_ + k * (kLine / 4) * S::kKeys * 64;
+        return place(me, me.dim(k));
     }
 
     // Rows past the end: the first key's place, which nothing is read from.
-    LONGROPE_DEVICE void look_up(int first) {
+    LONGROPE_DEVICE void look_up(const Me& me, int first) {
         const int32_t* table = p_.pages.block_table + anew(b_) * p_.pages.pages_per_sequence;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-            const int index = first + row_ + i * kRowStep;
+            const int index = first + me.row + i * kRowStep;
             const bool there = index < length_;
             if (paged_) {
                 outer_[i] = static_cast<uint32_t>(load_global(table + (there ? walk_.page : 0)));
                 token_[i] = there ? walk_.token : 0;
-                walk_.step(p_.pages);
+                walk_.step(launch_);
             } else {
                 outer_[i] = b_;
                 token_[i] = there ? index : 0;
@@ -231,38 +241,33 @@ class TileCopies {
         return {outer, token + (paged_ ? 0 : load_global(p_.key_start + b_))};
     }
 
-    // A chunk further on lies in the same place of another slab, or is its neighbour's neighbour.
-    LONGROPE_DEVICE SharedAddress value_to(int k) const {
-        if constexpr (kLine % 4 == 0) return value_to_ + k * (kLine / 4) * S::kKeys * 64;
-        return place(dim_of(k));
-    }
-
     template <class PlaceOf>
-    LONGROPE_DEVICE void copy_row(SharedAddress tile, int i, const uint8_t* from, bool valid,
+    LONGROPE_DEVICE void copy_row(const Me& me, SharedAddress tile, int i, const uint8_t* from, bool valid,
                                   const PlaceOf& place_of) const {
+        const int head_dim = static_cast<int>(p_.head_dim);
 #pragma unroll
         for (int k = 0; k < kCopies; ++k) {
             const SharedAddress row = tile + i * kRowStep * 64;
+            const uint8_t* chunk = from + 16 * kLine * k;
             if constexpr (S::kQuantised) {
                 if (!whole_) {
-                    copy_async<8>(row + place_of(k, 0), from + 16 * kLine * k, valid && there_[k]);
-                    copy_async<8>(row + place_of(k, 1), from + 16 * kLine * k + 8,
-                                  valid && dim_of(k) + 8 < p_.head_dim);
+                    copy_async<8>(row + place_of(k, 0), chunk, valid && me.dim(k) < head_dim);
+                    copy_async<8>(row + place_of(k, 1), chunk + 8, valid && me.dim(k) + 8 < head_dim);
                     continue;
                 }
             }
-            copy_async<16>(row + place_of(k, 0), from + 16 * kLine * k, valid && there_[k]);
+            copy_async<16>(row + place_of(k, 0), chunk, valid && me.dim(k) < head_dim);
         }
     }
 
     // Of a row, by one of the threads that copy it.
-    LONGROPE_DEVICE void copy_value_scale(int first, int stage) const {
-        const int mine = thread_index() % kLine, row = row_ + mine * kRowStep;
-        if (mine >= kRows) return;
+    LONGROPE_DEVICE void copy_value_scale(const Me& me, int first, int stage) const {
+        if (me.line >= kRows) return;
+        const int row = me.row + me.line * kRowStep;
         uint32_t outer = outer_[0], token = token_[0];
 #pragma unroll
         for (int i = 1; i < kRows; ++i)
-            if (mine == i) {
+            if (me.line == i) {
                 outer = outer_[i];
                 token = token_[i];
             }
