@@ -27,6 +27,23 @@ LONGROPE_DEVICE int key_row(int second) {
     return key_of(second, lane_index() % 8);
 }
 
+// Angles go by half tokens around the middle of 16 keys.
+LONGROPE_DEVICE int64_t half_of(int64_t turns) {
+    return static_cast<int64_t>(static_cast<uint64_t>(turns) >> 1);
+}
+LONGROPE_DEVICE CosSin middle_angle(int first, int64_t half_turns) {
+    return cos_sin(phase_of(2u * static_cast<uint32_t>(first) + 15u, half_turns));
+}
+LONGROPE_DEVICE CosSin distance_angle(int g, int64_t half_turns) {
+    return cos_sin(phase_of(2 * g + 1, half_turns));
+}
+// Of keys 7 - g and 8 + g.
+LONGROPE_DEVICE void angles_around(const CosSin& middle, const CosSin& distance, CosSin& before, CosSin& after) {
+    const float cosine = middle.cos * distance.cos, sine = middle.sin * distance.cos;
+    before = {cosine + middle.sin * distance.sin, sine - middle.cos * distance.sin};
+    after = {cosine - middle.sin * distance.sin, sine + middle.cos * distance.sin};
+}
+
 template <class S>
 struct Places {
     // The key tile's column of element 0 of first[c].
@@ -60,12 +77,10 @@ class TableAngles {
             fill(regime_of(p.rotation, b), below);
             block_sync();  // half the frequencies are there
         }
-        // In half tokens, of the middle of the warp's keys.
-        const uint32_t middle = 2u * static_cast<uint32_t>(first + 16 * warp_index()) + 15u;
         warp_sync();  // the middle before is done with
 #pragma unroll
         for (int place = lane_index(); place < S::kPairs; place += 32) {
-            const CosSin x = cos_sin(phase_of(middle, load_shared<int64_t>(S::kHalfTurns + 8 * place)));
+            const CosSin x = middle_angle(first + 16 * warp_index(), load_shared<int64_t>(S::kHalfTurns + 8 * place));
             store_shared(middles() + 8 * place, Float2{x.cos, x.sin});
         }
     }
@@ -74,13 +89,9 @@ class TableAngles {
         const Float4 middle = load_shared<Float4>(middles() + 16 * entry);
         const Float4 distance = load_shared<Float4>(S::kDistances + 16 * (32 * group + lane_index()));
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const float c = middle.at[2 * e], s = middle.at[2 * e + 1];
-            const float dc = distance.at[2 * e], ds = distance.at[2 * e + 1];
-            const float cosine = c * dc, sine = s * dc;
-            keys[0][e] = {cosine + s * ds, sine - c * ds};
-            keys[1][e] = {cosine - s * ds, sine + c * ds};
-        }
+        for (int e = 0; e < 2; ++e)
+            angles_around({middle.at[2 * e], middle.at[2 * e + 1]}, {distance.at[2 * e], distance.at[2 * e + 1]},
+                          keys[0][e], keys[1][e]);
     }
 
   private:
@@ -96,9 +107,8 @@ class TableAngles {
         for (int i = thread_index(); i < 8 * S::kPairs; i += S::kThreads) {
             const int place = i / 64 * 8 + i % 8, g = i / 8 % 8, pair = Places<S>::pair(regime.interleaved, place);
             const bool rotates = pair < regime.pairs;
-            const int64_t half =
-                rotates ? static_cast<int64_t>(static_cast<uint64_t>(load_global(turns + pair)) >> 1) : 0;
-            const CosSin x = cos_sin(phase_of(2 * g + 1, half));
+            const int64_t half = rotates ? half_of(load_global(turns + pair)) : 0;
+            const CosSin x = distance_angle(g, half);
             const float factor = rotates ? regime.factor : 1.0f;
             store_shared(S::kDistances + 8 * i, Float2{x.cos * factor, x.sin * factor});
             if (g == 0) store_shared(S::kHalfTurns + 8 * place, half);
