@@ -162,11 +162,11 @@ def straight_runs(code):
     return runs
 
 
-# Instructions of a thread for the 64 keys of a tile (as many cycles of a multiprocessor): of the rotation
-# and the scores, of the products with the values, of the copies.
+# Instructions of a thread for the 64 keys of a tile, a 64th of a cycle of a multiprocessor a key: of the rotation and
+# the scores, of the products with the values, of the copies.
 DECODE_CEILINGS = {
     (128, "16 bits"): (430, 60, 180),
-    (128, "int8"): (600, 190, None),
+    (128, "int8"): (600, 240, None),
     (128, "fp8"): (560, 230, None),
     (64, "16 bits"): (240, 40, 130),
 }

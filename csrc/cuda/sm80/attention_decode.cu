@@ -2,14 +2,15 @@
 // in the dtype of the query, int8 or fp8.
 //
 // A block takes one run of 512 keys of one (sequence, key head) and up to 16 rows: the query heads that share the key
-// head, times a few tokens. Tiles of keys and values arrive two deep; the block rotates a tile's keys in shared memory
-// (and widens a quantised tile on the way), then every warp takes 16 keys: scores, its own online softmax, its own sum
-// of values. At the end the warps' sums become one partial result, which attention_combine adds to the others.
+// head, times a few tokens. Tiles of keys and values arrive two deep (decode_tiles.cuh). Every warp takes 16 keys of a
+// tile: it widens and rotates them in registers between shared memory and the tensor cores (decode_keys.cuh), has an
+// online softmax and a sum of values of its own. At the end the warps' sums become one partial result, which
+// attention_combine adds to the others. A tile takes one barrier.
 //
 // Bytes: keys and values once (4 head_dim a key in 16 bits, 2 head_dim and the scales in 8), partial results 2 parts
-// in 100 of them. Operations: rotation about 35 per pair and key, on the fp32 units (at head_dim 128 some 18 cycles of
-// a multiprocessor a key, beside 34 to 50 that its bytes take from memory); the products are 1 part in 16 of what the
-// tensor cores could do. Bound by memory; a quantised cache as much by the rotation.
+// in 100 of them. Instructions of a key of head_dim 128 in bf16: 12 cycles of a multiprocessor's schedulers (half of
+// them rotation and scores), and 14 of its shared memory, beside 25 to 35 that its bytes take from memory; docs/cuda.md
+// has the others. The products are 1 part in 16 of what the tensor cores could do. Bound by memory.
 //
 // A quantised key is widened by its channel's scale before it is rotated; the scale of a value multiplies its
 // probability, so that the product takes int8 and fp8 values as they are, which is exact in 16 bits. The scale is
