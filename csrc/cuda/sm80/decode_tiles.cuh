@@ -35,7 +35,7 @@ struct DecodeShape {
     // The warps' sums, in the place of the stages: fp32 [warps][16][head_dim + 2].
     static constexpr int kSumStride = kHeadDim + 2;
     // Blocks on a multiprocessor of Hopper: what shared memory leaves room for, less where registers would not suffice.
-    static constexpr int kResident = kHeadDim > 128 || (kQuantised && kHeadDim > 96) ? 2 : 3;
+    static constexpr int kResident = kQuantised || kHeadDim > 128 ? 2 : 3;
     static_assert(kResident * (kSharedBytes + 1024) <= 228 << 10, "the blocks do not fit a multiprocessor");
     static_assert(kWarps * kDecodeRows * kSumStride * 4 <= kSharedBytes - kStages, "the sums do not fit the stages");
     static_assert(kSharedBytes <= kSharedLimit, "the tiles do not fit sm_86");
