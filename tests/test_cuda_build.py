@@ -165,10 +165,10 @@ def straight_runs(code):
 # Instructions of a thread for the 64 keys of a tile, a 64th of a cycle of a multiprocessor a key: of the rotation and
 # the scores, of the products with the values, of the copies.
 DECODE_CEILINGS = {
-    (128, "16 bits"): (430, 60, 180),
+    (128, "16 bits"): (430, 60, 130),
     (128, "int8"): (600, 240, None),
     (128, "fp8"): (560, 230, None),
-    (64, "16 bits"): (240, 40, 130),
+    (64, "16 bits"): (215, 35, 110),
 }
 
 
