@@ -23,7 +23,8 @@
 //   anew                         its argument; what is made of it is made here and not kept in registers from before
 //   pack<T> unpack<T>            two T in a word
 //   subtract<T>                  of two T in a word each, to nearest even
-//   permute                      four of the bytes of two words: byte i of the result is byte `selector >> 4 i & 7`, the
+//   permute                      four of the bytes of two words: byte i of the result is byte `selector >> 4 i & 7`,
+//   the
 //                                first word's before the second's
 //   as_float                     of these bits
 //   widen narrow                 between fp32 and T, to nearest even
