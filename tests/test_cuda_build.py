@@ -148,6 +148,51 @@ def test_the_hopper_backward_is_made_of_its_own_instructions():
         assert columns_of(code) == wanted
 
 
+def straight_runs(code):
+    """Return the instructions of a kernel, run by run: a run is entered at its first and left at its last."""
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);", code)
+    targets = {int(x, 16) for x in re.findall(r"\bBRA\b[^;]*?0x([0-9a-f]+)", code)}
+    runs = [[]]
+    for address, text in instructions:
+        if int(address, 16) in targets:
+            runs.append([])
+        runs[-1].append(text)
+        if re.search(r"\b(BRA|EXIT|CALL|RET|BSYNC)\b", text):
+            runs.append([])
+    return runs
+
+
+# Instructions of a thread for the 64 keys of a tile, a 64th of a cycle of a multiprocessor a key: of the rotation and
+# the scores, of the products with the values, of the copies.
+DECODE_CEILINGS = {
+    (128, "16 bits"): (430, 60, 130),
+    (128, "int8"): (600, 240, None),
+    (128, "fp8"): (560, 230, None),
+    (64, "16 bits"): (215, 35, 110),
+}
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_key_costs_the_decode_few_instructions():
+    seen = {}
+    for code in sass(compiled(DECODE, "sm_90")[0]).split("Function : ")[1:]:
+        head_dim, stored = re.search(r"BFloat16BitsELi(\d+)E(a|NS_3Fp8E|S\d*_)EE|$", code.split(maxsplit=1)[0]).groups()
+        if head_dim is None:
+            continue
+        runs = [(" ".join(run), len(run)) for run in straight_runs(code)]
+        longest = [
+            max((length for text, length in runs if all(re.search(x, text) for x in parts)), default=0)
+            for parts in (("HMMA", r"LDS\.128", "F2FP"), ("HMMA", r"LDSM\.16\.MT88"), (r"LDGSTS\.E\.BYPASS\.128",))
+        ]
+        seen[int(head_dim), {"a": "int8", "NS_3Fp8E": "fp8"}.get(stored, "16 bits")] = longest
+    for kind, ceilings in DECODE_CEILINGS.items():
+        for length, ceiling in zip(seen[kind], ceilings, strict=True):
+            assert length > 0, kind
+            assert ceiling is None or length <= ceiling, (kind, seen[kind])
+
+
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.timeout(1800)

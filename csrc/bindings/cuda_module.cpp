@@ -10,6 +10,7 @@
 #include "arguments.h"
 
 #if !defined(__CUDACC__)
+#include "../cuda/sm80/decode_keys.cuh"
 #include "../emulator/machine.h"
 #endif
 
@@ -177,6 +178,19 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
         "memory that kernels may touch from now on: (address, bytes, writable, name)");
     m.def("widen_fp8", [](uint32_t code) { return unpack<Half>(widen_fp8(code)).x; });
     m.def("narrow_fp8", [](float x) { return narrow_fp8(x, 0.0f) & 0xffu; });
+    m.def(
+        "angles_of_16_keys",
+        [](int first, uint64_t turns) {
+            const int64_t half = half_of(static_cast<int64_t>(turns));
+            CosSin keys[16];
+            for (int g = 0; g < 8; ++g)
+                angles_around(middle_angle(first, half), distance_angle(g, half), keys[key_of(0, g)],
+                              keys[key_of(1, g)]);
+            std::vector<std::pair<float, float>> angles;
+            for (const CosSin& x : keys) angles.emplace_back(x.cos, x.sin);
+            return angles;
+        },
+        "(cos, sin) of the keys from position `first` on, as the decode kernels have them");
     m.def("seed", [](uint64_t seed) { Machine::get().seed(seed); });
     m.def(
         "multiprocessor_shared", [](int bytes) { Machine::get().multiprocessor_shared = bytes; },

@@ -24,6 +24,10 @@
 //   exp2_fast                    ex2.approx.ftz, 2 ulp
 //   anew                         its argument; what is made of it is made here and not kept in registers from before
 //   pack<T> unpack<T>            two T in a word
+//   subtract<T>                  of two T in a word each, to nearest even
+//   permute                      four of the bytes of two words, of which the first has bytes 0 to 3 and the second 4
+//                                to 7: byte i of the result is byte selector >> 4 i & 7
+//   as_float                     of these bits
 //   widen narrow                 between fp32 and T, to nearest even
 //   widen_fp8 narrow_fp8         the two fp8 of a low half as two Half, exact; two fp32 as two fp8, to nearest even, at
 //                                most 448 in magnitude; NaN stays NaN

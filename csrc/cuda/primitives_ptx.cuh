@@ -10,6 +10,8 @@
 #include "primitives.cuh"
 
 #define LONGROPE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// Registers for so many blocks on a multiprocessor.
+#define LONGROPE_RESIDENT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define LONGROPE_DEVICE __device__ __forceinline__
 #define LONGROPE_GRID_CONSTANT __grid_constant__
 
@@ -145,6 +147,10 @@ LONGROPE_DEVICE uint32_t anew(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+LONGROPE_DEVICE const uint8_t* anew(const uint8_t* x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
 
 template <class T>
 LONGROPE_DEVICE uint32_t pack(float low, float high);
@@ -159,6 +165,27 @@ LONGROPE_DEVICE uint32_t pack<Half>(float low, float high) {
     uint32_t both;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
+}
+
+template <class T>
+LONGROPE_DEVICE uint32_t subtract(uint32_t x, uint32_t y);
+template <>
+LONGROPE_DEVICE uint32_t subtract<Half>(uint32_t x, uint32_t y) {
+    uint32_t difference;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(x), "r"(y));
+    return difference;
+}
+template <>
+LONGROPE_DEVICE uint32_t subtract<BFloat16Bits>(uint32_t x, uint32_t y) {
+    uint32_t difference;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(y), "r"(0xbf80bf80u), "r"(x));  // sm_80 has no other
+    return difference;
+}
+LONGROPE_DEVICE uint32_t permute(uint32_t first, uint32_t second, uint32_t selector) {
+    return __byte_perm(first, second, selector);
+}
+LONGROPE_DEVICE float as_float(uint32_t bits) {
+    return __uint_as_float(bits);
 }
 
 template <class T>

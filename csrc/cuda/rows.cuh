@@ -31,7 +31,8 @@ LONGROPE_DEVICE Vec16 pack8(const Float8& x) {
     return v;
 }
 
-// What a quantised cache holds, int8_t or Fp8: its largest magnitude, a byte's value, and eight of them.
+// What a quantised cache holds, int8_t or Fp8: its largest magnitude, a byte's value, four and eight of them, and, of
+// the words (a b, c d) of two rows' bytes, the columns (a c) and (b d) as two T each. All exact.
 template <class Q>
 struct Quantised;
 
@@ -46,10 +47,24 @@ struct Quantised<int8_t> {
         for (int i = 0; i < 8; ++i) x.at[i] = value(v.word[i / 4] >> (8 * (i % 4)));
         return x;
     }
-    // Of T, exact.
+    // A byte in the last place of 2^23 is a float; a conversion has a quarter of the rate.
+    static LONGROPE_DEVICE Float4 unpack4(uint32_t bytes) {
+        const uint32_t from_zero = bytes ^ 0x80808080u;
+        Float4 x;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x.at[i] = as_float(permute(from_zero, 0x4b000000u, 0x7540u + i)) - 8388736.0f;
+        return x;
+    }
     template <class T>
-    static LONGROPE_DEVICE Vec16 widen8(const Vec8& v) {
-        return pack8<T>(unpack8(v));
+    static LONGROPE_DEVICE void widen_columns(uint32_t (&columns)[2], uint32_t rows) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t low = rows >> 8 * i;
+            if constexpr (std::is_same_v<T, Half>)  // 1024 + (128 + x) - 1152
+                columns[i] = subtract<T>(((low ^ 0x00800080u) & 0x00ff00ffu) | 0x64006400u, 0x64806480u);
+            else  // 128 + the low seven bits, less 128, or 256 where the eighth is set
+                columns[i] = subtract<T>((low & 0x007f007fu) | 0x43004300u, (low & 0x00800080u) | 0x43004300u);
+        }
     }
 };
 
@@ -58,18 +73,25 @@ struct Quantised<Fp8> {
     static constexpr float kLargest = 448.0f;
 
     static LONGROPE_DEVICE float value(uint32_t byte) { return unpack<Half>(widen_fp8(byte & 0xffu)).x; }
-    static LONGROPE_DEVICE Float8 unpack8(const Vec8& v) { return longrope::unpack8<Half>(halves(v)); }
-    template <class T>
-    static LONGROPE_DEVICE Vec16 widen8(const Vec8& v) {
-        if constexpr (std::is_same_v<T, Half>)
-            return halves(v);
-        else
-            return pack8<T>(unpack8(v));
+    static LONGROPE_DEVICE Float4 unpack4(uint32_t bytes) {
+        const Float2 low = unpack<Half>(widen_fp8(bytes)), high = unpack<Half>(widen_fp8(bytes >> 16));
+        return {{low.x, low.y, high.x, high.y}};
     }
-
-  private:
-    static LONGROPE_DEVICE Vec16 halves(const Vec8& v) {
-        return {{widen_fp8(v.word[0]), widen_fp8(v.word[0] >> 16), widen_fp8(v.word[1]), widen_fp8(v.word[1] >> 16)}};
+    static LONGROPE_DEVICE Float8 unpack8(const Vec8& v) {
+        const Float4 low = unpack4(v.word[0]), high = unpack4(v.word[1]);
+        return {{low.at[0], low.at[1], low.at[2], low.at[3], high.at[0], high.at[1], high.at[2], high.at[3]}};
+    }
+    template <class T>
+    static LONGROPE_DEVICE void widen_columns(uint32_t (&columns)[2], uint32_t rows) {
+        const uint32_t bytes = permute(rows, 0, 0x3120u);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            columns[i] = widen_fp8(bytes >> 16 * i);
+            if constexpr (!std::is_same_v<T, Half>) {
+                const Float2 both = unpack<Half>(columns[i]);
+                columns[i] = pack<T>(both.x, both.y);
+            }
+        }
     }
 };
 
@@ -132,19 +154,15 @@ struct SharedFloatRow {
     LONGROPE_DEVICE float load1(int dim) const { return load_shared<float>(row + 4 * dim); }
 };
 
-// In shared memory, int8_t or Fp8 as it came from a cache, with a scale per channel there too.
-template <class Q>
+// Row `row` of a Tile of bytes in shared memory, int8_t or Fp8, with a scale per channel there too.
+template <class Q, class TileT>
 struct SharedQuantisedRow {
-    SharedAddress row, scale;
+    TileT tile;
+    int row;
+    SharedAddress scale;
 
-    LONGROPE_DEVICE Float8 load8(int chunk) const {
-        Float8 x = Quantised<Q>::unpack8(load_shared<Vec8>(row + chunk * 8));
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x.at[i] *= load_shared<float>(scale + 4 * (chunk * 8 + i));
-        return x;
-    }
     LONGROPE_DEVICE float load1(int dim) const {
-        const uint32_t pair = load_shared<uint16_t>(row + dim / 2 * 2);
+        const uint32_t pair = load_shared<uint16_t>(tile.chunk(row, dim / 16) + dim % 16 / 2 * 2);
         return Quantised<Q>::value(pair >> (8 * (dim % 2))) * load_shared<float>(scale + 4 * dim);
     }
 };

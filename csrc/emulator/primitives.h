@@ -17,6 +17,7 @@
 #include "machine.h"
 
 #define LONGROPE_KERNEL(threads) void
+#define LONGROPE_RESIDENT_KERNEL(threads, blocks) void
 #define LONGROPE_DEVICE inline
 #define LONGROPE_GRID_CONSTANT
 
@@ -210,6 +211,9 @@ inline float exp2_fast(float x) {
 inline uint32_t anew(uint32_t x) {
     return x;
 }
+inline const uint8_t* anew(const uint8_t* x) {
+    return x;
+}
 
 template <class T>
 uint32_t pack(float low, float high) {
@@ -230,6 +234,21 @@ T narrow(float x) {
 template <>
 inline float narrow<float>(float x) {
     return x;
+}
+
+template <class T>
+uint32_t subtract(uint32_t x, uint32_t y) {
+    const Float2 a = emulator::unpack<T>(x), b = emulator::unpack<T>(y);
+    return pack<T>(a.x - b.x, a.y - b.y);
+}
+inline uint32_t permute(uint32_t first, uint32_t second, uint32_t selector) {
+    const uint64_t bytes = first | uint64_t{second} << 32;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
+    return result;
+}
+inline float as_float(uint32_t bits) {
+    return emulator::float_of(bits);
 }
 
 inline uint32_t widen_fp8(uint32_t both) {

@@ -1,5 +1,7 @@
 """Few rows over many keys: split keys, caches, packed batches, in the emulator."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -162,3 +164,64 @@ def test_the_longest_sequence_of_a_batch_changes_no_bit_of_the_others(emulated):
     together = lk.attention(q, k, v, LADDER, key_length=length, backend="cuda")
     alone = lk.attention(q[:1], k[:1, :, :520], v[:1, :, :520], LADDER, backend="cuda")
     assert torch.equal(together[:1], alone)
+
+
+def test_one_product_of_angles_is_within_its_bound(emulated):
+    """The angle of a key, from that of the middle of 16 and its distance, beside the exact one."""
+    generator = torch.Generator().manual_seed(0)
+    turns = [int(x) for x in torch.randint(-(2**63), 2**63 - 1, (4000,), generator=generator).numpy().view("uint64")]
+    firsts = [int(x) * 16 for x in torch.randint(0, 2**27, (4000,), generator=generator)]
+    worst = 0.0
+    for i, (frequency, first) in enumerate(zip(turns, firsts, strict=True)):
+        angles = emulated.angles_of_16_keys(first, frequency)
+        key = i % 16
+        turn = ((first + key) * frequency) % 2**64 / 2**64
+        exact = (math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn))
+        worst = max(worst, *(abs(x - y) for x, y in zip(angles[key], exact, strict=True)))
+    assert 5e-8 < worst < 4e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary_dim", [64, 32, 18])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_positions_that_are_given_change_little(emulated, dtype, rotary_dim, interleaved):
+    """Their angles are exact one by one; those of the index are products. Keys differ by a rounding here and there."""
+    scaling = lk.RopeScaling(64, 1e4, [3.0] * (rotary_dim // 2), 70, 1.2, rotary_dim, interleaved)
+    q, k, v = operands(1, (4, 2), (2, 300), dtype=dtype)
+    out = lk.attention(q, k, v, scaling, backend="cuda")
+    given = lk.attention(q, k, v, scaling, key_positions=torch.arange(300), backend="cuda")
+    assert torch.allclose(out, given, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("kind", [(False, None), (False, 16), ("int8", None), ("fp8", 64)])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 256])
+def test_far_below_and_across_start_tokens(emulated, kind, head_dim):
+    """n-hat in the first tile, in a later one, at a tile's end, and past the keys."""
+    cache, _, _ = filled([200, 64], torch.bfloat16, *kind, head_dim=head_dim)
+    base = lk.RopeScaling(head_dim, 1e4)
+    for start_tokens in (7, 100, 128, 1000):
+        scaling = base.replace(rescale_factors=[2.0] * (head_dim // 2), start_tokens=start_tokens)
+        query = operands(2, (4, 2), (2, 1), head_dim, seed=3)[0]
+        testing.check_reading(cache, query, scaling, "cuda")
+
+
+@pytest.mark.parametrize("page_tokens", [1, 3, 16, 24, 64, 100])
+def test_pages_of_any_size_give_the_same_bits(emulated, page_tokens):
+    query = operands(2, (8, 2), (3, 1))[0]
+    whole, paged = (filled([600, 77], torch.bfloat16, False, x)[0] for x in (None, page_tokens))
+    assert torch.equal(*(x.attend(query, LADDER, window=300, softcap=15.0, backend="cuda") for x in (whole, paged)))
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_code_of_a_value_is_widened_as_it_is(emulated, dtype, quantised):
+    """One key a sequence, of which out is the value: every code in every column."""
+    cache = lk.KVCache(256, 1, 64, 64, dtype, quantised)
+    ones = torch.ones(256, 1, 64, 64, dtype=dtype)
+    cache.append(ones, ones, backend="cpu" if quantised == "int8" else "reference")
+    codes = (torch.arange(256).view(-1, 1, 1, 1) + torch.arange(64)).expand(256, 1, 64, 64) % 256
+    stored = codes.to(torch.uint8).view(cache.pages.value.dtype)
+    cache.pages.value.copy_(stored)
+    cache.pages.value_scale.fill_(1.0)
+    out = cache.attend(ones[:, :, :1], is_causal=False, backend="cuda")
+    assert torch.equal(out.nan_to_num(7.0)[:, 0, 0], stored[:, 0, 0].to(dtype).nan_to_num(7.0))

@@ -149,6 +149,7 @@ def test_what_there_are_no_kernels_for_is_refused(emulated, head_dim, dtype, rea
 # Sources with one line changed: (file, what stands there, what is put there, the how-manieth, what must be said).
 FORWARD = "cuda/sm80/attention_forward.cu"
 DECODE = "cuda/sm80/attention_decode.cu"
+DECODE_KEYS, DECODE_TILES = "cuda/sm80/decode_keys.cuh", "cuda/sm80/decode_tiles.cuh"
 BACKWARD = "cuda/sm80/attention_backward.cu"
 OUTPUT = "cuda/output.cuh"
 PLANTED = {
@@ -169,7 +170,7 @@ PLANTED = {
         "race|in flight|nothing",
     ),
     "no barrier before the rows are stored": (OUTPUT, "warp_sync();", "", 0, "race|nothing wrote"),
-    "decode: no wait for the stage": (DECODE, "copy_async_wait<1>();", "copy_async_wait<2>();", 0, "in flight"),
+    "decode: no wait for the stage": (DECODE, "copy_async_wait<0>();", "copy_async_wait<1>();", 0, "in flight"),
     "decode: no barrier after the wait": (
         DECODE,
         "block_sync();  // the stage is",
@@ -177,8 +178,66 @@ PLANTED = {
         0,
         "race|in flight|nothing wrote",
     ),
-    "decode: no barrier after the rotation": (DECODE, "block_sync();  // the keys are", "// ", 0, "race|nothing wrote"),
-    "decode: a stage filled while it is read": (DECODE, "block_sync();  // the stage and", "// ", 0, "race"),
+    "decode: a stage filled while it is read": (
+        DECODE,
+        "copies.start(first + S::kKeys, stage ^ 1)",
+        "copies.start(first + S::kKeys, stage)",
+        0,
+        "race|in flight",
+    ),
+    "decode: sums in a stage that is read": (DECODE, "block_sync();  // the sums take", "// ", 0, "race|nothing wrote"),
+    "decode: middles written while they are read": (
+        DECODE_KEYS,
+        "warp_sync();  // the middle before",
+        "// ",
+        0,
+        "race",
+    ),
+    "decode: tables written while they are read": (DECODE_KEYS, "block_sync();  // the tables", "// ", 0, "race"),
+    "decode: frequencies read before they are there": (
+        DECODE_KEYS,
+        "block_sync();  // half the",
+        "// ",
+        0,
+        "race|nothing wrote",
+    ),
+    "decode: the tables of the keys below start_tokens kept": (
+        DECODE_KEYS,
+        "if (table_ != below)",
+        "if (table_ < 0)",
+        0,
+        "wrong result",
+    ),
+    "decode: a middle half a token off": (DECODE_KEYS, "(first) + 15u", "(first) + 14u", 0, "wrong result"),
+    "decode: keys on the wrong side of the middle": (
+        DECODE_KEYS,
+        "sine - middle.cos",
+        "sine + middle.cos",
+        0,
+        "wrong result",
+    ),
+    "decode: keys in the order of their rows": (
+        DECODE_KEYS,
+        "return half == 0 ? 7 - column : 8 + column;",
+        "return 8 * half + column;",
+        0,
+        "wrong result",
+    ),
+    "decode: a page too late": (
+        DECODE_TILES,
+        "if (token >= size)",
+        "if (token > size)",
+        0,
+        "wrong result|out of bounds",
+    ),
+    "decode: pages of the tile before": (DECODE_TILES, "walk_.step(launch_);", "", 0, "wrong result"),
+    "decode: int8 without its sign": (
+        "cuda/rows.cuh",
+        "(low & 0x00800080u) | 0x43004300u)",
+        "0x43004300u)",
+        0,
+        "wrong result",
+    ),
     "decode: a run that ends one key late": (
         DECODE,
         "run_end = run_begin + kSplitKeys;",
@@ -258,13 +317,18 @@ def planted(name):
     return build.module(changes)
 
 
+def wrong(actual, exact):
+    return not (actual - exact).abs().max() < 0.03 * exact.abs().max()
+
+
 def told(emulator, monkeypatch):
     """What the emulator, or a look at the result and the counters, says about the kernels of a module."""
     from longrope_kernels.backends import cuda
 
     monkeypatch.setattr(cuda, "_native", emulator)
     emulator.take_counters()
-    scaling = lk.RopeScaling(64, 1e4)
+    # Keys below start_tokens, among them and above, each in a tile of its own.
+    scaling = lk.RopeScaling(64, 1e4, [2.0] * 32, 100)
     try:
         for seed in range(2):
             emulator.seed(seed)
@@ -276,8 +340,16 @@ def told(emulator, monkeypatch):
                     out = lk.attention(*leaves, scaling, backend=backend)
                     results.append((out, *torch.autograd.grad((out.float() ** 2).sum(), leaves)))
                 for actual, exact in zip(*results, strict=True):
-                    if not (actual - exact).abs().max() < 0.03 * exact.abs().max():
+                    if wrong(actual, exact):
                         return "wrong result"
+        for quantised, page_tokens in ((False, 24), ("int8", 64)):
+            cache = lk.KVCache(1, 1, 64, 200, torch.bfloat16, quantised, page_tokens)
+            q, k, v = operands(heads=(2, 1), tokens=(1, 200))
+            cache.append(k, v, backend="cpu")
+            # Here one tile is below and the next above.
+            direct = scaling.replace(start_tokens=128)
+            if wrong(*(cache.attend(q, direct, backend=backend) for backend in ("cuda", "reference"))):
+                return "wrong result"
     except RuntimeError as error:
         return str(error)
     return f"{emulator.take_counters()['bank_conflicts']} bank conflicts"

@@ -2,58 +2,27 @@
 // in the dtype of the query, int8 or fp8.
 //
 // A block takes one run of 512 keys of one (sequence, key head) and up to 16 rows: the query heads that share the key
-// head, times a few tokens. Tiles of keys and values arrive two deep; the block rotates a tile's keys in shared memory
-// (and widens a quantised tile on the way), then every warp takes 16 keys: scores, its own online softmax, its own sum
-// of values. At the end the warps' sums become one partial result, which attention_combine adds to the others.
+// head, times a few tokens. Tiles of keys and values arrive two deep (decode_tiles.cuh). Every warp takes 16 keys of a
+// tile: it widens and rotates them in registers between shared memory and the tensor cores (decode_keys.cuh), has an
+// online softmax and a sum of values of its own. At the end the warps' sums become one partial result, which
+// attention_combine adds to the others. A tile takes one barrier.
 //
 // Bytes: keys and values once (4 head_dim a key in 16 bits, 2 head_dim and the scales in 8), partial results 2 parts
-// in 100 of them. Operations: rotation about 35 per pair and key, on the fp32 units (at head_dim 128 some 18 cycles of
-// a multiprocessor a key, beside 34 to 50 that its bytes take from memory); the products are 1 part in 16 of what the
-// tensor cores could do. Bound by memory; a quantised cache as much by the rotation.
+// in 100 of them. Instructions of a key of head_dim 128 in bf16: 12 cycles of a multiprocessor's schedulers (half of
+// them rotation and scores), and 14 of its shared memory, beside 25 to 35 that its bytes take from memory; docs/cuda.md
+// has the others. The products are 1 part in 16 of what the tensor cores could do. Bound by memory.
 //
 // A quantised key is widened by its channel's scale before it is rotated; the scale of a value multiplies its
 // probability, so that the product takes int8 and fp8 values as they are, which is exact in 16 bits. The scale is
 // small, 1/127 or 1/448 of a row's largest value, and a probability times that would be subnormal in fp16 where it
 // still counts: both are taken 128 or 256 times as large, and the sum as much smaller.
-#include "../kernels.h"
 #include "../queries.cuh"
 #include "../softmax.cuh"
+#include "decode_keys.cuh"
+#include "decode_tiles.cuh"
 
 namespace longrope {
 namespace {
-
-struct DecodeLaunch {
-    AttentionParams params;
-    AttentionScratch scratch;
-};
-
-template <int kHeadDim, bool kQuantised>
-struct Shape {
-    static constexpr int kKeys = kHeadDim <= 128 ? 64 : 32, kWarps = kKeys / 16, kThreads = 32 * kWarps;
-    static constexpr int kSteps = kHeadDim / 16;
-    using QueryTile = Tile<kDecodeRows, kHeadDim>;
-    using KeyTile = Tile<kKeys, kHeadDim>;
-
-    // A stage: keys (quantised ones fill half of their place), values, scales of channels and of values.
-    static constexpr int kValueBytes = kQuantised ? kKeys * kHeadDim : KeyTile::kBytes;
-    static constexpr int kScaleBytes = kQuantised ? (kHeadDim + kKeys) * 4 : 0;
-    static constexpr int kStageBytes = KeyTile::kBytes + kValueBytes + kScaleBytes;
-    static constexpr int kStages = QueryTile::kBytes, kWork = kStages + 2 * kStageBytes;
-    static constexpr int kSharedBytes = kWork + (kQuantised ? 2 * KeyTile::kBytes : 0);
-    // The warps' sums, in the place of the stages: fp32 [warps][16][head_dim + 2].
-    static constexpr int kSumStride = kHeadDim + 2;
-    static_assert(kWarps * kDecodeRows * kSumStride * 4 <= kSharedBytes - kStages, "the sums do not fit the stages");
-    static_assert(kSharedBytes <= kSharedLimit, "the tiles do not fit sm_86");
-    static_assert(kSplitKeys % kKeys == 0 && kKeyGroup % kKeys == 0, "a tile lies in one run and one group");
-
-    static LONGROPE_DEVICE SharedAddress stage(int i) { return kStages + i * kStageBytes; }
-    static LONGROPE_DEVICE SharedAddress values(int i) { return stage(i) + KeyTile::kBytes; }
-    static LONGROPE_DEVICE SharedAddress channel_scales(int i) { return values(i) + kValueBytes; }
-    static LONGROPE_DEVICE SharedAddress value_scales(int i) { return channel_scales(i) + 4 * kHeadDim; }
-    static LONGROPE_DEVICE SharedAddress sum(int warp, int row, int column) {
-        return kStages + ((warp * kDecodeRows + row) * kSumStride + column) * 4;
-    }
-};
 
 // By what probabilities are larger, a power of two; 1 where values come as they are.
 template <class T, class Q>
@@ -61,80 +30,100 @@ constexpr float kProbabilityUnit = std::is_same_v<Q, T>     ? 1.0f
                                    : std::is_same_v<Q, Fp8> ? 256.0f
                                                             : 128.0f;
 
-// Starts copying `count` rows of bytes, [rows][head_dim] as they are; zeros below.
-template <class S, int kHeadDim, class RowAt>
-LONGROPE_DEVICE void copy_bytes(SharedAddress to, int count, int head_dim, const RowAt& row_at) {
-    constexpr int kChunks = kHeadDim / kChunk;
-    for (int i = thread_index(); i < S::kKeys * kChunks; i += S::kThreads) {
-        const int row = i / kChunks, c = i % kChunks;
-        const bool valid = row < count && c * kChunk < head_dim;
-        const uint8_t* from = row_at(valid ? row : 0);
-        copy_async<8>(to + row * kHeadDim + c * kChunk, valid ? from + c * kChunk : from, valid);
+// A row of the query tile, in the order of columns that the products take.
+template <class T, int kHeadDim, class S>
+struct QueryRow {
+    Columns<kHeadDim> columns;
+    int row;
+
+    LONGROPE_DEVICE void store8(int chunk, const Float8& x) const {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) store1(8 * chunk + i, x.at[i]);
     }
+    LONGROPE_DEVICE void store1(int dim, float x) const {
+        const typename S::QueryTile tile{0};
+        store_shared(tile.element(row, Places<S>::query_column(columns.column(dim))), narrow<T>(x));
+    }
+};
+
+// The queries of the block, rotated; zeros in rows and columns that are none.
+template <class T, int kHeadDim, class S>
+LONGROPE_DEVICE void load_decode_queries(const AttentionParams& p, const Sequence& s, const RowMap& map,
+                                         const Regime& regime, int rows) {
+    const typename S::QueryTile tile{0};
+    for (int i = thread_index(); i < kDecodeRows * S::QueryTile::kChunks; i += S::kThreads)
+        store_shared(tile.chunk(i / S::QueryTile::kChunks, i % S::QueryTile::kChunks), Vec16{});
+    block_sync();  // the zeros are below
+    const Columns<kHeadDim> columns(p.rotation);
+    rotate_rows<S::kThreads>(
+        regime, static_cast<int>(p.head_dim), rows, false, [&](int r) { return s.query_position(p, map.token(r)); },
+        [&](int r) { return GlobalRow<T>{s.query_row<T>(p.query, map.head(r), map.token(r))}; },
+        [&](int r) { return QueryRow<T, kHeadDim, S>{columns, r}; });
 }
 
-// Starts copying the tile of keys [first, first + kKeys), and what belongs to it, into a stage.
-template <class T, int kHeadDim, bool kQuantised, class S>
-LONGROPE_DEVICE void copy_stage(const AttentionParams& p, const Sequence& s, int64_t head, int first, int stage) {
-    const int head_dim = static_cast<int>(p.head_dim), left = static_cast<int>(s.key_length) - first;
-    const typename S::KeyTile keys{S::stage(stage)};
-    if constexpr (!kQuantised) {
-        const auto rows_of = [&](const Operand& x) {
-            return [&](int r) {
-                const Slot slot = slot_of(p, s, first + r);
-                return row_of<T>(x, slot.outer, head, slot.token);
-            };
-        };
-        copy_tile<S::kThreads>(keys, left, head_dim, rows_of(p.key));
-        copy_tile<S::kThreads>(typename S::KeyTile{S::values(stage)}, left, head_dim, rows_of(p.value));
-    } else {
-        const auto rows_of = [&](const Operand& x) {
-            return [&](int r) {
-                const Slot slot = slot_of(p, s, first + r);
-                return static_cast<const uint8_t*>(row_of<uint8_t>(x, slot.outer, head, slot.token));
-            };
-        };
-        copy_bytes<S, kHeadDim>(S::values(stage), left, head_dim, rows_of(p.value));
-        for (int i = thread_index(); i < S::kKeys; i += S::kThreads)
-            copy_async<4>(S::value_scales(stage) + 4 * i,
-                          value_scale(p, slot_of(p, s, first + (i < left ? i : 0)), head), i < left);
-        if (first >= quantised_keys(s)) {
-            copy_tile<S::kThreads>(keys, left, head_dim, [&](int r) {
-                return row_of<T>(p.pages.key_tail, s.b, head, (first + r) % kKeyGroup);
-            });
-        } else {
-            copy_bytes<S, kHeadDim>(keys.base, left, head_dim, rows_of(p.key));
-            const float* scales = key_scale(p, slot_of(p, s, first), head);
-            for (int i = thread_index(); i < head_dim / 4; i += S::kThreads)
-                copy_async<16>(S::channel_scales(stage) + 16 * i, scales + 4 * i, true);
-        }
-    }
-}
-
-// Rotates the keys of a stage; a quantised stage is widened into the work tiles. Keys past the end are zeros and stay
-// so.
-template <class T, int kHeadDim, class Q, class S>
-LONGROPE_DEVICE void prepare_stage(const AttentionParams& p, const Sequence& s, const Regime& regime, int first,
-                                   int stage, typename S::KeyTile keys, typename S::KeyTile values) {
-    using Row = SharedRow<T, typename S::KeyTile>;
-    const typename S::KeyTile raw{S::stage(stage)};
-    const int head_dim = static_cast<int>(p.head_dim), last = static_cast<int>(s.key_length) - 1;
-    const auto position_of = [&](int r) { return s.key_position(p, first + r < last ? first + r : last); };
-    const auto to = [&](int r) { return Row{keys, r}; };
-    const auto rotate = [&](const auto& from) {
-        rotate_rows<S::kThreads>(regime, head_dim, S::kKeys, false, position_of, from, to);
-    };
-    if constexpr (std::is_same_v<Q, T>) {
-        rotate([&](int r) { return Row{raw, r}; });
-    } else {
-        if (first >= quantised_keys(s))
-            rotate([&](int r) { return Row{raw, r}; });
+// The scores of a tile's keys, each way there is to rotate them; which one is the same for the whole block.
+template <class T, class Q, class S>
+LONGROPE_DEVICE void multiply_tile(float (&scores)[2][4], const AttentionParams& p, uint32_t b, int length,
+                                   const TableAngles<S>& table, bool in_table, bool in_chunks, int first, int stage) {
+    const SharedAddress scales = S::kQuantised ? S::channel_scales(stage) : 0;
+    const bool interleaved = p.rotation.interleaved != 0;
+    using Keys = std::conditional_t<S::kQuantised, QuantisedKeys<Q, S>, PlainKeys<T, S>>;
+    const bool tail = S::kQuantised && first >= length / kKeyGroup * kKeyGroup;
+    if (in_table && !tail) {
+        if (interleaved)
+            multiply_keys<T, S, true>(scores, Keys(stage, scales), table);
         else
-            rotate([&](int r) { return SharedQuantisedRow<Q>{raw.base + r * kHeadDim, S::channel_scales(stage)}; });
-        for (int i = thread_index(); i < S::kKeys * (kHeadDim / kChunk); i += S::kThreads) {
-            const int row = i / (kHeadDim / kChunk), c = i % (kHeadDim / kChunk);
-            const Vec8 bytes = load_shared<Vec8>(S::values(stage) + row * kHeadDim + c * kChunk);
-            store_shared(values.chunk(row, c), Quantised<Q>::template widen8<T>(bytes));
+            multiply_keys<T, S, false>(scores, Keys(stage, scales), table);
+        return;
+    }
+    const ExactAngles<S> angles(p, b, first);
+    if (in_chunks && !tail) return multiply_keys_in_a_loop<T, S>(scores, Keys(stage, scales), angles, interleaved);
+    const auto scattered = [&](const auto& row_at) {
+        multiply_keys_in_a_loop<T, S>(scores, ScatteredKeys<S, std::decay_t<decltype(row_at)>>(p, row_at), angles,
+                                      interleaved);
+    };
+    if (!S::kQuantised || tail) {
+        using KeyTile = typename S::KeyTile;
+        scattered([=](int r) { return SharedRow<T, KeyTile>{KeyTile{S::stage(stage)}, r}; });
+    } else if constexpr (S::kQuantised) {
+        using ByteTile = typename S::ByteTile;
+        scattered([=](int r) { return SharedQuantisedRow<Q, ByteTile>{ByteTile{S::stage(stage)}, r, scales}; });
+    }
+}
+
+// Adds the products of the probabilities of a warp's keys with their values. Of quantised values a load brings two
+// columns in a word, which go to neighbouring products: column i of product 2 c + h is then dim 16 c + 2 i + h.
+template <class T, class Q, class S>
+LONGROPE_DEVICE void multiply_values(float (&out)[2 * S::kSteps][4], const uint32_t (&weights)[4], int stage) {
+    const typename S::StoredTile values{S::values(stage)};
+    const int row = 16 * warp_index() + key_row(lane_index() / 8 % 2);
+    uint32_t both[4], v[2];
+    if constexpr (S::kQuantised) {
+#pragma unroll
+        for (int n = 0; n < S::kSteps / 2; ++n) {
+            load_matrices_transposed(both, values.chunk(row, 2 * n + lane_index() / 16));
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                uint32_t low[2], high[2];
+                Quantised<Q>::template widen_columns<T>(low, both[2 * c]);
+                Quantised<Q>::template widen_columns<T>(high, both[2 * c + 1]);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    v[0] = low[h];
+                    v[1] = high[h];
+                    multiply_add<T>(out[4 * n + 2 * c + h], weights, v);
+                }
+            }
+        }
+    } else {
+#pragma unroll
+        for (int n = 0; n < S::kSteps; ++n) {
+            load_matrices_transposed(both, values.chunk(row, 2 * n + lane_index() / 16));
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                right_half(v, both, half);
+                multiply_add<T>(out[2 * n + half], weights, v);
+            }
         }
     }
 }
@@ -161,24 +150,22 @@ LONGROPE_DEVICE void store_partial(const AttentionParams& p, const AttentionScra
     }
 }
 
-// Q: what keys and values are stored as; T: nothing is quantised.
 template <class T, int kHeadDim, class Q>
-LONGROPE_KERNEL((Shape<kHeadDim, !std::is_same_v<Q, T>>::kThreads))
+LONGROPE_RESIDENT_KERNEL((DecodeShape<T, kHeadDim, Q>::kThreads), (DecodeShape<T, kHeadDim, Q>::kResident))
 attention_decode_kernel(const DecodeLaunch launch) {
-    constexpr bool kQuantised = !std::is_same_v<Q, T>;
     constexpr float kUnit = kProbabilityUnit<T, Q>;
-    using S = Shape<kHeadDim, kQuantised>;
+    using S = DecodeShape<T, kHeadDim, Q>;
     const AttentionParams& p = launch.params;
-    const int64_t split = block_index() % launch.scratch.splits;
-    const int64_t head = block_index() / launch.scratch.splits % p.key_heads;
+    const int split = static_cast<int>(block_index() % launch.scratch.splits);
+    const uint32_t head = static_cast<uint32_t>(block_index() / launch.scratch.splits % p.key_heads);
     const Sequence s(p, block_index() / launch.scratch.splits / p.key_heads);
     const RowMap map(p, head);
     const int rows = static_cast<int>(s.query_count * map.group);
     if (rows == 0 || !decodes(p, s)) return;
-    const int64_t place = ((s.b * p.key_heads + head) * launch.scratch.splits + split) * launch.scratch.rows;
+    const int64_t place = block_index() * launch.scratch.rows;
 
     const Interval first_seen = s.visible(p, 0), last_seen = s.visible(p, map.token(rows - 1));
-    const int64_t run_begin = split * kSplitKeys, run_end = run_begin + kSplitKeys;
+    const int64_t run_begin = int64_t{split} * kSplitKeys, run_end = run_begin + kSplitKeys;
     const int begin = static_cast<int>((first_seen.low > run_begin ? first_seen.low : run_begin) / S::kKeys * S::kKeys);
     const int64_t seen_end = last_seen.high < s.key_length ? last_seen.high : s.key_length;
     const int end = static_cast<int>(seen_end < run_end ? seen_end : run_end);
@@ -188,112 +175,115 @@ attention_decode_kernel(const DecodeLaunch launch) {
         return;
     }
 
-    const typename S::QueryTile queries{0};
-    copy_stage<T, kHeadDim, kQuantised, S>(p, s, head, begin, 0);
+    TileCopies<T, kHeadDim, Q> copies(launch, s, head, begin);
+    copies.start(begin, 0);
     copy_async_commit();
-    load_queries<T, S::kThreads>(p, s, map, 0, rows, queries);
-    if constexpr (kQuantised) {
-        // Columns past head_dim of the work tiles: what is rotated does not reach them.
-        const typename S::KeyTile keys{S::kWork};
-        for (int i = thread_index(); i < S::kKeys * S::KeyTile::kChunks; i += S::kThreads)
-            if (i % S::KeyTile::kChunks * kChunk >= p.head_dim)
-                store_shared(keys.chunk(i / S::KeyTile::kChunks, i % S::KeyTile::kChunks), Vec16{});
-    }
-    block_sync();
-
     const Regime regime = regime_of(p.rotation, s.b);
-    const ScoreScale scale(p.scale, p.softcap);
-    const int lane_row = lane_index() / 4, warp_key = 16 * warp_index();
+    load_decode_queries<T, kHeadDim, S>(p, s, map, regime, rows);
+
+    const ScoreScale& scale = launch.scale;
+    const int lane_row = lane_index() / 4, lane_column = lane_index() % 4 * 2;
     float out[2 * S::kSteps][4] = {};
     float top[2] = {-infinity(), -infinity()}, total[2] = {};
-    int low[2], high[2];
+    int low[2], high[2];  // of the lane's rows; rows past the last see what it sees
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = lane_row + 8 * r;
-        const Interval seen = row < rows ? s.visible(p, map.token(row)) : Interval{0, 0};
+        const Interval seen = s.visible(p, map.token(row < rows ? row : rows - 1));
         low[r] = static_cast<int>(seen.low);
         high[r] = static_cast<int>(seen.high);
     }
 
+    const uint32_t b = static_cast<uint32_t>(s.b);
+    const int length = static_cast<int>(s.key_length);
+    // Keys below are not rescaled; no tile comes after 2^31 - 1.
+    const int start_tokens = static_cast<int>(regime.start_tokens < INT32_MAX ? regime.start_tokens : INT32_MAX);
+    const bool in_chunks = Columns<kHeadDim>(p.rotation).move_chunks_of(8);
+    TableAngles<S> table;
     for (int first = begin, stage = 0; first < end; first += S::kKeys, stage ^= 1) {
-        if (first + S::kKeys < end) copy_stage<T, kHeadDim, kQuantised, S>(p, s, head, first + S::kKeys, stage ^ 1);
+        const bool below = first <= start_tokens - S::kKeys;
+        const bool in_table = in_chunks && p.key_positions == nullptr && (below || first >= start_tokens);
+        if (in_table) table.begin(p, b, below, first);
+        copy_async_wait<0>();
+        block_sync();  // the stage is there for all, and the other one done with
+        if (first + S::kKeys < end) copies.start(first + S::kKeys, stage ^ 1);
         copy_async_commit();
-        copy_async_wait<1>();
-        block_sync();  // the stage is there for all
-        const typename S::KeyTile keys{kQuantised ? S::kWork : S::stage(stage)};
-        const typename S::KeyTile values{kQuantised ? S::kWork + S::KeyTile::kBytes : S::values(stage)};
-        prepare_stage<T, kHeadDim, Q, S>(p, s, regime, first, stage, keys, values);
-        block_sync();  // the keys are rotated for all
 
         float scores[2][4] = {};
-#pragma unroll
-        for (int step = 0; step < S::kSteps; ++step) {
-            uint32_t q[4], both[4], k[2];
-            load_left(q, queries, 0, step);
-            load_right(both, keys, warp_key, step);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                right_half(k, both, half);
-                multiply_add<T>(scores[half], q, k);
-            }
-        }
+        multiply_tile<T, Q, S>(scores, p, b, length, table, in_table, in_chunks, first, stage);
         if (scale.capped()) cap_scores(scores, scale);
-        float keep[2];
+        const int warp_first = first + 16 * warp_index();
+        if (any_lane(warp_first < low[0] || warp_first < low[1] || warp_first + 16 > high[0] ||
+                     warp_first + 16 > high[1])) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) mask_scores(scores, r, low[r] - first - warp_key, high[r] - first - warp_key);
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const int key = warp_first + key_of(j, lane_column + c % 2);
+                    if (key < low[c / 2] || key >= high[c / 2]) scores[j][c] = -infinity();
+                }
+        }
+        float keep[2];
         softmax_step(scores, scale, top, total, keep);
-        if constexpr (kQuantised) {
+        if constexpr (S::kQuantised) {
 #pragma unroll
             for (int j = 0; j < 2; ++j)
 #pragma unroll
                 for (int c = 0; c < 4; ++c)
-                    scores[j][c] *= kUnit * load_shared<float>(S::value_scales(stage) +
-                                                               4 * (warp_key + 8 * j + lane_index() % 4 * 2 + c % 2));
+                    scores[j][c] *=
+                        kUnit * load_shared<float>(S::value_scales(stage) +
+                                                   4 * (warp_first - first + key_of(j, lane_column + c % 2)));
         }
+        // Seldom after the first tiles: a product with 1 changes nothing.
+        if (any_lane(!(keep[0] == 1.0f && keep[1] == 1.0f))) {
 #pragma unroll
-        for (int n = 0; n < 2 * S::kSteps; ++n)
+            for (int n = 0; n < 2 * S::kSteps; ++n)
 #pragma unroll
-            for (int c = 0; c < 4; ++c) out[n][c] *= keep[c / 2];
+                for (int c = 0; c < 4; ++c) out[n][c] *= keep[c / 2];
+        }
         uint32_t weights[4];
         probabilities_left<T>(weights, scores[0], scores[1]);
-#pragma unroll
-        for (int n = 0; n < S::kSteps; ++n) {
-            uint32_t both[4], v[2];
-            load_right_transposed(both, values, warp_key, n);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                right_half(v, both, half);
-                multiply_add<T>(out[2 * n + half], weights, v);
-            }
-        }
-        block_sync();  // the stage and the work tiles are done with
+        multiply_values<T, Q, S>(out, weights, stage);
     }
+    block_sync();  // the sums take the place of the stages
 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const int row = lane_row + 8 * r, column = lane_index() % 4 * 2;
+        const int row = lane_row + 8 * r;
         const float sum = quad_sum(total[r]);
 #pragma unroll
-        for (int n = 0; n < 2 * S::kSteps; ++n) {
-            store_shared(S::sum(warp_index(), row, 8 * n + column), out[n][2 * r] / kUnit);
-            store_shared(S::sum(warp_index(), row, 8 * n + column + 1), out[n][2 * r + 1] / kUnit);
-        }
-        if (column == 0) {
+        for (int n = 0; n < 2 * S::kSteps; ++n)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int i = lane_column + c, dim = S::kQuantised ? 16 * (n / 2) + 2 * i + n % 2 : 8 * n + i;
+                store_shared(S::sum(warp_index(), row, dim), out[n][2 * r + c] / kUnit);
+            }
+        if (lane_column == 0) {
             store_shared(S::sum(warp_index(), row, S::kSumStride - 2), top[r]);
             store_shared(S::sum(warp_index(), row, S::kSumStride - 1), sum);
         }
     }
     block_sync();
-    store_partial<S>(p, launch.scratch, place, rows);
+    // Counted again: a register less is kept through the loop.
+    store_partial<S>(p, launch.scratch, place, Sequence(p, anew(b)).query_count * launch.group);
 }
 
 template <class T, int kHeadDim>
 void run(const AttentionParams& p, const AttentionScratch& scratch, Stream stream) {
     const int64_t blocks = p.batch * p.key_heads * scratch.splits;
-    const DecodeLaunch arguments{p, scratch};
     const auto of = [&](auto q) {
         using Q = decltype(q);
-        using S = Shape<kHeadDim, !std::is_same_v<Q, T>>;
+        using S = DecodeShape<T, kHeadDim, Q>;
+        constexpr int kStep = TileCopies<T, kHeadDim, Q>::kRowStep;
+        const int64_t size = p.pages.block_table == nullptr ? kStep + 1 : p.pages.page_tokens;
+        const DecodeLaunch arguments{p,
+                                     scratch,
+                                     ScoreScale(p.scale, p.softcap),
+                                     ByteStrides(p.key, sizeof(Q)),
+                                     ByteStrides(p.value, sizeof(Q)),
+                                     static_cast<int32_t>(p.query_heads / p.key_heads),
+                                     static_cast<uint32_t>(kStep / size),
+                                     static_cast<uint32_t>(kStep % size)};
         launch(attention_decode_kernel<T, kHeadDim, Q>, blocks, S::kThreads, S::kSharedBytes, arguments, stream);
     };
     if (p.pages.key_scale == nullptr) return of(T{});
