@@ -53,11 +53,6 @@ struct RowInfo {
     float lse, delta;
 };
 
-LONGROPE_DEVICE float as_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
 LONGROPE_DEVICE uint32_t as_bits(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
