@@ -343,8 +343,9 @@ def told(emulator, monkeypatch):
                     if wrong(actual, exact):
                         return "wrong result"
         for quantised, page_tokens in ((False, 24), ("int8", 64)):
-            cache = lk.KVCache(1, 1, 64, 200, torch.bfloat16, quantised, page_tokens)
-            q, k, v = operands(heads=(2, 1), tokens=(1, 200))
+            # Two heads: what follows a page of one is not its next page.
+            cache = lk.KVCache(1, 2, 64, 200, torch.bfloat16, quantised, page_tokens)
+            q, k, v = operands(heads=(4, 2), tokens=(1, 200))
             cache.append(k, v, backend="cpu")
             # Here one tile is below and the next above.
             direct = scaling.replace(start_tokens=128)
