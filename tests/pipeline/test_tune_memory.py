@@ -29,11 +29,13 @@ LLAMA2_7B = memory.Shape(6_738_415_616, 2 * 6_738_415_616, 32, 4096, 11008, 4096
 # dtype, length, sizes
 CASES: dict[str, tuple[str, int, dict[str, int]]] = {
     "activations": (
-        *("bf16", 4096),
+        "bf16",
+        4096,
         {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "vocab_size": 512},
     ),
     "weights, gradients and the optimizer": (
-        *("fp32", 256),
+        "fp32",
+        256,
         {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 24, "vocab_size": 2048},
     ),
     "logits": ("bf16", 1024, {"vocab_size": 16384}),

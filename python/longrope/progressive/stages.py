@@ -29,7 +29,6 @@ from ..search.stage import WINNER_FILE, counts, evolution_settings, planned_sear
 from ..team import rank
 from ..tune import memory
 from ..tune.data import Segments
-from ..tune.memory import Shape
 from ..tune.prepare import compute_dtype, resolve
 from ..tune.settings import TuneSettings
 from ..tune.stage import FORMAT as TUNED
@@ -127,12 +126,12 @@ class Extension:
         return data.training(self.context.request.text, self.context.split.texts)
 
     def training_bytes(self, stage: Stage) -> int:
-        shape, settings = Shape.of(self.context.loaded.model), self.complete_settings_of(stage.length)
+        shape, settings = memory.Shape.of(self.context.loaded.model), self.complete_settings_of(stage.length)
         return memory.foreseen(shape, settings, rank()[1], recompute=stage.recompute).total
 
     def recomputes(self, length: int) -> bool:
         """Return whether the fine-tuning at a length computes its activations twice, see `tune.memory`."""
-        shape, ranks = Shape.of(self.context.loaded.model), rank()[1]
+        shape, ranks = memory.Shape.of(self.context.loaded.model), rank()[1]
         available = memory.share_of_memory(shape.weight_bytes, ranks)
         return memory.recomputes(shape, self.complete_settings_of(length), available, ranks)
 

@@ -102,10 +102,8 @@ def run_tuning(
         start = -1 if run is None else _start(run, settings)
         start = ranks.agreed(start, args.device)
         if start < settings.steps or not (folder / "tune.json").is_file():
-            training = _Training(loaded, rope, settings, sequences, args, folder, digest(asked))
-            training.recompute = bool(
-                ranks.agreed(check_memory(loaded.model, settings, overcommit, count), args.device)
-            )
+            recompute = bool(ranks.agreed(check_memory(loaded.model, settings, overcommit, count), args.device))
+            training = _Training(loaded, rope, settings, sequences, args, folder, digest(asked), recompute)
             training.train(start, None if run is None else run.evaluations, tensorboard)
             if run is not None:
                 training.finish(run)
@@ -143,7 +141,7 @@ class _Training:
     args: TrainingArguments
     folder: Path
     fingerprint: str
-    recompute: bool = True
+    recompute: bool
 
     def train(self, start: int, log: EvaluationLog | None, tensorboard: bool) -> None:
         """Train from step `start` to the end, and leave the tuned weights in the model.
