@@ -253,32 +253,25 @@ struct Task {
                     slopes[s] = weight * (load<vf>(grads + (r + s) * kKeys + c) - delta[row]) * by;
                 }
                 put(probabilities, probability + at + c);
-                put(slopes, slope + at + c);
-                for (int s = 0; s < Math::kStep; ++s) put_row(slopes[s], strip * kTileRows + r + s, c);
+                put(slopes, slope + at + c, slope_rows + ((strip * kTileRows + r) * kKeys + c) / Math::kStep);
             }
         }
     }
 
-    // Rows of a step side by side, lane by lane.
-    static void put(const vf* rows_of_step, E* to) {
+    // The rows of a step side by side, lane by lane, and, where `rows_to` is given, each row on its own.
+    static void put(const vf* rows_of_step, E* to, E* rows_to = nullptr) {
         if constexpr (Math::kStep == 1) {
             store(to, rows_of_step[0]);
+            if (rows_to) store(rows_to, rows_of_step[0]);
         } else {
 #if defined(__AVX512BF16__)
-            const __m512i low_half = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rows_of_step[0]));
-            const __m512i high_half = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rows_of_step[1]));
-            _mm512_storeu_si512(to, _mm512_or_si512(low_half, _mm512_slli_epi32(high_half, 16)));
-#endif
-        }
-    }
-
-    void put_row(vf x, int row, int column) {
-        if constexpr (Math::kStep == 1) {
-            store(slope_rows + row * kKeys + column, x);
-        } else {
-#if defined(__AVX512BF16__)
-            uint16_t* to = reinterpret_cast<uint16_t*>(slope_rows) + row * kKeys + column;
-            store(to, (__m256i)_mm512_cvtneps_pbh(x));
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(rows_of_step[1], rows_of_step[0]);
+            const __m512i places = _mm512_or_si512((__m512i)iota(), _mm512_slli_epi32((__m512i)(iota() + kLanes), 16));
+            store(to, _mm512_permutexvar_epi16(places, both));
+            if (rows_to) {
+                store(rows_to, _mm512_castsi512_si256(both));
+                store(rows_to + kKeys / Math::kStep, _mm512_extracti64x4_epi64(both, 1));
+            }
 #endif
         }
     }
