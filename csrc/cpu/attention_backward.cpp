@@ -14,9 +14,10 @@
 // P and dS leave the registers in steps of rows with keys across lanes, which is what the last two products broadcast;
 // dS is stored once more in steps of keys for dQ. Q and dO are rows in steps of head dims; their steps of rows are
 // interleaved block by block.
-// Operations: 10 head_dim per visible score, and about 25 between the products. Bytes: a key block, its gradients and
-// what lies between the products stay in L2; each block of rows is asked for ahead, 8 to 14 bytes per row and head dim
-// for 1,920 operations. Every sum has one order, whatever the number of threads: blocks ascend.
+// Operations: 10 head_dim per visible score, and about 25 between the products. Bytes: a key block, what lies between
+// the products and its gradients stay in L2 while a mebibyte of rows passes from L3, asked for a block ahead; then the
+// gradients go back to memory until the next rows of the part. Every sum has one order, whatever the number of threads:
+// parts depend on the operands alone, and blocks ascend.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -33,10 +34,12 @@ namespace {
 
 constexpr int kKeys = 192;             // keys in a block
 constexpr int kRows = 16 * kTileRows;  // query rows in a block
-constexpr int kStrips = kRows / kTileRows;
-constexpr int64_t kTasks = 32;                   // at least, where there are rows enough: for as many threads
-constexpr int64_t kRowBytes = int64_t{1} << 20;  // of queries, their gradients and dO at once: a core's share of L3
-constexpr int64_t kScratchBytes = int64_t{1} << 30;
+constexpr int kStrips = kRows / kTileRows, kKeyStrips = kKeys / kTileRows;
+constexpr int64_t kTasks = 32;                   // parts at least, if they have enough rows: for as many threads
+constexpr int64_t kLeastBlocks = 12;             // blocks of rows in a part at least, for which keys are packed
+constexpr size_t kTasksPerThread = 4;            // at a time
+constexpr int64_t kRowBytes = int64_t{1} << 20;  // of queries, their gradients and dO at a time: a core's share of L3
+constexpr int64_t kScratchBytes = int64_t{4} << 30;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 static_assert(kKeys % kPanelKeys == 0 && kKeys % kTileRows == 0 && kTileRows % 2 == 0);
@@ -60,6 +63,7 @@ Part keys_seen(const AttentionParams& f, int64_t b, int64_t first, int64_t last)
 
 // The parts of every sequence, by the scores that are visible: of equal shares, more of them the longer the sequence.
 std::vector<std::vector<Part>> split_queries(const AttentionParams& f) {
+    const int64_t group = f.query_heads / f.key_heads, columns = ValuePanels(f.head_dim).columns();
     std::vector<std::vector<int64_t>> scores(f.batch);  // up to the end of each block of rows
     int64_t all = 0;
     for (int64_t b = 0; b < f.batch; ++b) {
@@ -78,7 +82,12 @@ std::vector<std::vector<Part>> split_queries(const AttentionParams& f) {
         const int64_t blocks = static_cast<int64_t>(scores[b].size()), tokens = query_count(f, b);
         const double total = static_cast<double>(scores[b].back());
         int64_t count = 1;  // a power of two, which divides evenly among most numbers of threads
-        while (count < blocks && static_cast<double>(count) * f.key_heads * all < kTasks * total) count *= 2;
+        const auto enough = [&] {
+            return static_cast<double>(count) * f.key_heads * all >= kTasks * total ||
+                   2 * count * kLeastBlocks > blocks * group ||
+                   2 * count * 2 * f.key_length[b] * columns * static_cast<int64_t>(sizeof(float)) > kScratchBytes;
+        };
+        while (!enough()) count *= 2;
         int64_t block = 0;
         for (int64_t i = 0; i < count && block < blocks; ++i) {
             const int64_t first = block * kRows;
@@ -285,8 +294,9 @@ struct Task {
         prefetch_row(grad_query + strip * columns, 0, columns * sizeof(float));
     }
 
-    // One block of rows against one block of keys.
-    void block(int64_t row_block, int64_t key_block, float* key_gradient, float* value_gradient) {
+    // One block of rows against one block of keys, whose gradients are asked for if it is the first. Returns whether
+    // any of the rows sees any of the keys.
+    bool block(int64_t row_block, int64_t key_block, float* key_gradient, float* value_gradient, bool is_first) {
         const int64_t first_row = row_block * kRows, first_key = key_block * kKeys;
         const int64_t columns = packed.panels.columns();
         int begins[kStrips], ends[kStrips];  // keys of the block that a strip of rows computes, whole panels
@@ -305,7 +315,7 @@ struct Task {
                      : 0;
             any = any || seen;
         }
-        if (!any) return;
+        if (!any) return false;
 
         const auto* query_rows = reinterpret_cast<const Row*>(query + first_row * packed.key_steps);
         const auto* grad_rows = reinterpret_cast<const Row*>(grad + first_row * packed.key_steps);
@@ -313,10 +323,14 @@ struct Task {
         packed_rows.pack_values(query_rows, stride, kRows, f.head_dim, query_columns);
         packed_rows.pack_values(grad_rows, stride, kRows, f.head_dim, grad_columns);
 
+        const int64_t sums_bytes = kKeys * columns * static_cast<int64_t>(sizeof(float));
         const int steps = static_cast<int>(packed.key_steps);
         for (int strip = 0; strip < kStrips; ++strip) {
             const int64_t row = first_row + strip * kTileRows;
             if (row_block + 1 < row_blocks) prefetch_strip(row + kRows);
+            if (is_first)
+                for (const float* sums : {key_gradient, value_gradient})
+                    prefetch_row(sums, strip * sums_bytes / kStrips, (strip + 1) * sums_bytes / kStrips);
             const int begin = begins[strip], end = ends[strip];
             if (begin == end) continue;
             for (int c = begin; c < end; c += kPanelKeys) {
@@ -335,32 +349,41 @@ struct Task {
                     (end - begin) / Math::kStep, grad_query + row * columns + first, columns, kOnes);
             }
         }
-        for (int key = 0; key < kKeys; key += kTileRows) {
-            // The rows that have computed these keys: an interval of strips, since what a row sees begins and ends no
-            // earlier than for the row before.
-            const auto computes = [&](int strip) { return begins[strip] < key + kTileRows && ends[strip] > key; };
+        // The rows that have computed a strip of keys: an interval of their strips, since what a row sees begins and
+        // ends no earlier than for the row before.
+        int firsts[kKeyStrips], lasts[kKeyStrips];
+        for (int strip = 0; strip < kKeyStrips; ++strip) {
+            const int key = strip * kTileRows;
+            const auto computes = [&](int rows_) { return begins[rows_] < key + kTileRows && ends[rows_] > key; };
             int first = 0, last = kStrips;
             while (first < last && !computes(first)) ++first;
             while (first < last && !computes(last - 1)) --last;
-            if (first == last) continue;
-            const int64_t strip = key_block * (kKeys / kTileRows) + key / kTileRows;
-            const float* scales = reached[strip] ? kOnes : nullptr;
-            add_key_gradients(probability, grad_columns, key, first, last, value_gradient, scales);
-            add_key_gradients(slope, query_columns, key, first, last, key_gradient, scales);
-            reached[strip] = true;
+            firsts[strip] = first, lasts[strip] = last;
         }
+        const int64_t strips = key_block * kKeyStrips;
+        add_key_gradients(probability, grad_columns, firsts, lasts, strips, value_gradient);
+        add_key_gradients(slope, query_columns, firsts, lasts, strips, key_gradient);
+        for (int strip = 0; strip < kKeyStrips; ++strip)
+            if (firsts[strip] < lasts[strip]) reached[strips + strip] = true;
+        return true;
     }
 
-    // sums[key] of a strip of keys: the sum over rows of strips [first, last) of weights[row][key] * columns_[row].
-    void add_key_gradients(const E* weights, const E* rows_, int key, int first, int last, float* sums,
-                           const float* scales) const {
+    // sums[key] += the sum over the rows that have computed the key of weights[row][key] * operand[row]. Panel by
+    // panel, which stays in L1.
+    void add_key_gradients(const E* weights, const E* operand, const int* firsts, const int* lasts, int64_t strips,
+                           float* sums) const {
         constexpr int kSteps = kTileRows / Math::kStep;  // of a strip of rows
         const int64_t columns = packed.panels.columns();
         for (int panel = 0; panel < packed.panels.panels; ++panel) {
             const int column = packed.panels.first(panel) * kLanes, width = packed.panels.width(panel);
-            tile_of<Math>(width, weights + first * kSteps * kKeys + key, 1, kKeys,
-                          rows_ + packed_rows.value_steps * column + int64_t{first} * kSteps * width * kLanes,
-                          (last - first) * kSteps, sums + key * columns + column, columns, scales);
+            for (int strip = 0; strip < kKeyStrips; ++strip) {
+                const int first = firsts[strip], last = lasts[strip], key = strip * kTileRows;
+                if (first == last) continue;
+                tile_of<Math>(width, weights + first * kSteps * kKeys + key, 1, kKeys,
+                              operand + packed_rows.value_steps * column + int64_t{first} * kSteps * width * kLanes,
+                              (last - first) * kSteps, sums + key * columns + column, columns,
+                              reached[strips + strip] ? kOnes : nullptr);
+            }
         }
     }
 
@@ -371,13 +394,13 @@ struct Task {
         const Part& part = (*gradients.parts)[index];
         const int64_t group = f.query_heads / f.key_heads;
         const int64_t columns = packed.panels.columns();
-        reached.assign(gradients.key_blocks * (kKeys / kTileRows), false);
+        reached.assign(gradients.key_blocks * kKeyStrips, false);
         const int64_t rows_at_once = row_blocks / group * kRows;
         for (int64_t first = part.first; first < part.last; first += rows_at_once)
             attend_rows(gradients, index, first, std::min(first + rows_at_once, part.last));
         for (int64_t key_block = part.first_block; key_block < part.last_block; ++key_block)
-            for (int strip = 0; strip < kKeys / kTileRows; ++strip)
-                if (!reached[key_block * (kKeys / kTileRows) + strip])
+            for (int strip = 0; strip < kKeyStrips; ++strip)
+                if (!reached[key_block * kKeyStrips + strip])
                     for (const bool is_value : {false, true})
                         std::memset(gradients.block(index, is_value, key_block) + strip * kTileRows * columns, 0,
                                     sizeof(float) * kTileRows * columns);
@@ -395,8 +418,11 @@ struct Task {
         for (int64_t key_block = seen.first_block; key_block < seen.last_block; ++key_block) {
             pack_keys(b, gradients.key_head, key_block * kKeys,
                       static_cast<int>(std::min<int64_t>(kKeys, f.key_length[b] - key_block * kKeys)));
+            float* key_gradient = gradients.block(index, false, key_block);
+            float* value_gradient = gradients.block(index, true, key_block);
+            bool is_first = true;
             for (int64_t i = 0; i < group * blocks; ++i)
-                block(i, key_block, gradients.block(index, false, key_block), gradients.block(index, true, key_block));
+                if (block(i, key_block, key_gradient, value_gradient, is_first)) is_first = false;
         }
         double* inv_freq = gradients.inv_freq ? gradients.inv_freq + index * f.rotation.pairs : nullptr;
         for (int64_t head = 0; head < group; ++head)
@@ -489,15 +515,20 @@ void attention_backward(const AttentionBackwardParams& p) {
         return (static_cast<int64_t>(head.parts->size()) + head.key_blocks) * pairs;
     };
 
-    // Key heads go through the scratch in runs that fit it.
+    // Key heads go through the scratch in runs: enough for all threads, since memory that is used again costs no
+    // faults, and no more than fit it.
     constexpr int64_t kFit = kScratchBytes / static_cast<int64_t>(sizeof(float));
+    const size_t enough = kTasksPerThread * static_cast<size_t>(f.threads);
     std::vector<size_t> runs{0};
     int64_t room = 0;
     for (size_t first = 0; first < heads.size();) {
         size_t last = first;
         int64_t elements = 0;
-        do elements += sum_elements(heads[last++]);
-        while (last < heads.size() && elements + sum_elements(heads[last]) <= kFit);
+        size_t tasks = 0;
+        do {
+            tasks += heads[last].parts->size();
+            elements += sum_elements(heads[last++]);
+        } while (last < heads.size() && tasks < enough && elements + sum_elements(heads[last]) <= kFit);
         room = std::max(room, elements);
         runs.push_back(first = last);
     }

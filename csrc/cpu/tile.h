@@ -128,12 +128,33 @@ struct Packed {
         }
     }
 
+    // kLanes steps of a row from `row` on.
+    static auto lanes_of(const T* row) {
+        if constexpr (Math::kStep == 1) {
+            return widen_lanes(row);
+        } else {
+            return load<vi>(row);
+        }
+    }
+
     // rows: Keys rotated keys of head_dim elements each, contiguous.
     void pack_keys(const T* rows, int64_t head_dim, Element* to) const {
-        for (int first = 0; first < Keys; first += kPanelKeys)
-            for (int64_t step = 0; step < key_steps; ++step)
-                for (int k = 0; k < kPanelKeys; ++k)
-                    to[first * key_steps + step * kPanelKeys + k] = join(rows + (first + k) * head_dim, step, head_dim);
+        const int64_t whole = head_dim / (Math::kStep * kLanes) * kLanes;  // steps that fill vectors
+        for (int first = 0; first < Keys; first += kPanelKeys, to += kPanelKeys * key_steps)
+            for (int k = 0; k < kPanelKeys; k += kLanes) {
+                const T* from = rows + (first + k) * head_dim;
+                for (int64_t step = 0; step < whole; step += kLanes) {
+                    decltype(lanes_of(from)) block[kLanes];
+#pragma GCC unroll 16
+                    for (int i = 0; i < kLanes; ++i) block[i] = lanes_of(from + i * head_dim + step * Math::kStep);
+                    transpose(block);
+#pragma GCC unroll 16
+                    for (int i = 0; i < kLanes; ++i) store(to + (step + i) * kPanelKeys + k, block[i]);
+                }
+                for (int64_t step = whole; step < key_steps; ++step)
+                    for (int i = 0; i < kLanes; ++i)
+                        to[step * kPanelKeys + k + i] = join(from + i * head_dim, step, head_dim);
+            }
     }
 
     // `count` values at `rows`, `stride` elements apart; the rest of the block is zero.
