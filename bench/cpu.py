@@ -38,6 +38,7 @@ class Plan:
 
     Attributes:
         kind: "compute" or "memory", which ceilings it is measured against; "none".
+        operations: of vectors, that the work spends on 512 bytes it reads; 0 where it is not measured against that.
         seconds: expected of one round of all sides.
         least_tokens: what `--tiny` does not go below.
     """
@@ -51,6 +52,7 @@ class Plan:
     label: str = ""
     least_tokens: int = 1
     goals: dict[str, float] = field(default_factory=dict, hash=False)
+    operations: int = 0
 
     @property
     def name(self) -> str:
@@ -102,9 +104,20 @@ def decodes() -> list[Plan]:
     """One query over a long cache."""
     goals = {TORCH: 20.0, "share": 0.85}
     int8_goals = {OURS_BF16: 1.7, "share": 0.80}
+    # Operations as csrc/cpu/attention_decode.h and attention_decode_int8.h count them, as cycles of one multiplication.
     return [
-        Plan("decode", DECODE, workloads.decode, "memory", seconds=1.5, goals=goals),
-        Plan("decode", DECODE, workloads.decode_int8, "memory", 0.5, compiles=False, label="int8", goals=int8_goals),
+        Plan("decode", DECODE, workloads.decode, "memory", seconds=1.5, goals=goals, operations=100),
+        Plan(
+            "decode",
+            DECODE,
+            workloads.decode_int8,
+            "memory",
+            0.5,
+            compiles=False,
+            label="int8",
+            goals=int8_goals,
+            operations=180,
+        ),
     ]
 
 
@@ -181,7 +194,7 @@ def plans(model: bool = False, divisor: int = 1) -> list[Plan]:
 def measure(plan: Plan, budget: float, size: float, progress: Callable[[float], None]) -> dict[str, Any]:
     """Build, check and time one row."""
     work = plan.build(plan.shape)
-    ceilings = {} if plan.kind == "none" else timing.probes(plan.kind, plan.shape.dtype, size)
+    ceilings = {} if plan.kind == "none" else timing.probes(plan.kind, plan.shape.dtype, size, plan.operations)
     samples = timing.in_turns(work.sides, ceilings, budget, progress, once=plan.section == "model")
     for name, calculate in work.derived.items():
         samples.derive(name, calculate)

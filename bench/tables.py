@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from .timing import MATMUL
 from .workloads import COMPILED, LLAMA, LLAMA_UNFUSED, ONE_THREAD, OURS, OURS_BF16, OURS_FP16, PACKED, TORCH, UNROTATED
 
 BESIDE = {
@@ -110,16 +109,16 @@ def ceilings(content: dict[str, Any]) -> Table:
         if not found or row["section"] == "growth":
             continue
         main = next(iter(found))
-        matmul = found.get(MATMUL)
+        other = next((name for name in found if name != main), None)
         cells = [
             label(row),
             f"{row['rate']:.0f} {row['unit']}",
             f"{found[main]:.0f} ({main})",
             percent(main_share(row)),
         ]
-        cells += ["-" if matmul is None else f"{matmul:.0f}", percent(row["shares"].get(MATMUL))]
+        cells += ["-", "-"] if other is None else [f"{found[other]:.0f} ({other})", percent(row["shares"].get(other))]
         rows.append([*cells, f"{max(row['differences'].values(), default=0.0):.1g}"])
-    return Table(["work", "rate", "ceiling", "share", MATMUL, "share", "difference"], rows)
+    return Table(["work", "rate", "ceiling", "share", "beside", "share", "difference"], rows)
 
 
 def main_share(row: dict[str, Any]) -> float | None:

@@ -14,6 +14,7 @@ import torch
 from longrope_kernels.backends import cpu
 
 MATMUL = "torch matmul"
+READ_AND_MULTIPLY = "read and multiply"
 PROBE_SECONDS = 0.05
 MATMUL_SIZE = 2048
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
@@ -40,12 +41,14 @@ class Samples:
 Probe = Callable[[], float]
 
 
-def probes(kind: str, dtype: torch.dtype, size: float = 1.0) -> dict[str, Probe]:
+def probes(kind: str, dtype: torch.dtype, size: float = 1.0, operations: int = 0) -> dict[str, Probe]:
     """Return the ceilings that a work of this kind is measured against, the main one first.
 
     Args:
         kind: "compute" (GFLOP/s) or "memory" (GB/s).
         size: share of the full size of what is probed; below 1 in tests.
+        operations: vector operations of the work for every 512 bytes of memory; with them a loop of as many
+            multiply-adds beside the reads is measured too, where there is AVX-512.
     """
     native: ModuleType | None = cpu._native
     threads = torch.get_num_threads()
@@ -62,6 +65,8 @@ def probes(kind: str, dtype: torch.dtype, size: float = 1.0) -> dict[str, Probe]
             return by_torch if native is None else max(by_torch, native.probe_read(threads, count))
 
         found["read"] = read
+        if operations and native is not None and native.probe_read_multiply(threads, 2**16, operations) > 0:
+            found[READ_AND_MULTIPLY] = lambda: native.probe_read_multiply(threads, count, operations)
         return found
     if native is not None:
         seconds = PROBE_SECONDS * max(size, 0.02)

@@ -140,6 +140,19 @@ def test_sides_run_in_turns_and_the_first_changes() -> None:
     assert len(samples.seconds["a"]) == len(samples.seconds["b"]) == 3
 
 
+def test_reads_of_memory_are_measured_alone_and_beside_the_multiplications_of_the_work() -> None:
+    found = timing.probes("memory", torch.bfloat16, 0.01)
+    assert list(found) == ["read"]
+    found = timing.probes("memory", torch.bfloat16, 0.01, operations=2000)
+    if not any("avx512" in level for level in lk.backends.cpu._native.levels()):
+        assert list(found) == ["read"]
+        return
+    assert list(found) == ["read", timing.READ_AND_MULTIPLY]
+    # 2,000 multiply-adds for 512 bytes: at most 1 a cycle of 8 GHz, so that no core reads more than 2 GB/s.
+    slow = max(found[timing.READ_AND_MULTIPLY]() for _ in range(3))
+    assert 0.0 < slow < 2.1 * torch.get_num_threads()
+
+
 def test_the_readme_gets_what_the_json_says_and_nothing_else_changes(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")

@@ -91,4 +91,9 @@ PYBIND11_MODULE(_cpu, m) {
           "bf16 pair products on registers alone, in GFLOP/s; 0 where the processor has none");
     m.def("probe_read", &probe_read, py::arg("threads"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>(),
           "reading `bytes` of memory once, in GB/s");
+    m.def("probe_read_multiply", &probe_read_multiply, py::arg("threads"), py::arg("bytes"), py::arg("multiplications"),
+          py::call_guard<py::gil_scoped_release>(),
+          "the same from two places in turn, with as many vector multiply-adds on registers for every 512 bytes, in "
+          "GB/s; "
+          "0 where the processor has no AVX-512");
 }

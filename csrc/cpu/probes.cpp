@@ -87,22 +87,72 @@ double probe_bf16(int threads, double seconds) {
     return 0.0;
 }
 
-double probe_read(int threads, int64_t bytes) {
-    const int64_t words = bytes / 8 / threads, all = words * threads * 8;
-    const std::unique_ptr<uint64_t[], decltype(&std::free)> memory(static_cast<uint64_t*>(std::malloc(all)),
-                                                                   &std::free);
+namespace {
+
+// Memory for `threads` workers of whole 512 bytes each, and the rate at which read(first byte, bytes) passes it.
+template <class Read>
+double read_rate(int threads, int64_t bytes, const Read& read) {
+    const int64_t part = bytes / threads / 512 * 512, all = part * threads;
+    const std::unique_ptr<char[], decltype(&std::free)> memory(static_cast<char*>(std::aligned_alloc(64, all + 64)),
+                                                               &std::free);
     if (!memory) throw std::bad_alloc();
     advise_huge_pages(memory.get(), all);
-    std::fill_n(memory.get(), words * threads, 1);
+    std::fill_n(reinterpret_cast<uint32_t*>(memory.get()), all / 4, 0x3f800000u);  // ones, in fp32
     std::atomic<uint64_t> sum{0};
     const auto start = Clock::now();
-    run_workers(threads, [&](int worker) {
-        const uint64_t* part = memory.get() + worker * words;
-        uint64_t mine = 0;
-        for (int64_t i = 0; i < words; ++i) mine += part[i];
-        sum += mine;
+    run_workers(threads, [&](int worker) { sum += read(memory.get() + worker * part, part); });
+    return sum == 0 ? 0.0 : static_cast<double>(all) / since(start) / 1e9;
+}
+
+#if defined(LONGROPE_X86)
+
+#define FMA_OF(n, line) "vfmadd231ps %%zmm" #line ", %%zmm31, %%zmm" #n "\n"
+#define FMA_OF_LINES                                                                                                \
+    FMA_OF(0, 20)                                                                                                   \
+    FMA_OF(1, 21) FMA_OF(2, 22) FMA_OF(3, 23) FMA_OF(4, 24) FMA_OF(5, 25) FMA_OF(6, 26) FMA_OF(7, 27) FMA_OF(8, 20) \
+        FMA_OF(9, 21) FMA_OF(10, 22) FMA_OF(11, 23) FMA_OF(12, 24) FMA_OF(13, 25) FMA_OF(14, 26) FMA_OF(15, 27)     \
+            FMA_OF(16, 20) FMA_OF(17, 21) FMA_OF(18, 22) FMA_OF(19, 23)
+#define CLOBBER_LINES "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27"
+
+// Four lines of the first half, four of the second, 20 `groups` multiply-adds of what they hold; and so on.
+__attribute__((target("avx512f"))) uint64_t read_and_multiply(const char* first, int64_t bytes, int groups) {
+    const char *second = first + bytes / 2, *end = second;
+    asm volatile("vpxord %%zmm31, %%zmm31, %%zmm31\n" ::: CLOBBER_512);
+    for (; first < end; first += 256, second += 256) {
+        asm volatile(
+            "vmovups (%0), %%zmm20\nvmovups 64(%0), %%zmm21\nvmovups 128(%0), %%zmm22\nvmovups 192(%0), %%zmm23\n"
+            "vmovups (%1), %%zmm24\nvmovups 64(%1), %%zmm25\nvmovups 128(%1), %%zmm26\nvmovups 192(%1), %%zmm27\n"
+            :
+            : "r"(first), "r"(second)
+            : CLOBBER_LINES);
+        for (int i = 0; i < groups; ++i) asm volatile(FMA_OF_LINES::: CLOBBER_512, CLOBBER_LINES);
+    }
+    return 1;
+}
+
+#endif
+
+}  // namespace
+
+double probe_read(int threads, int64_t bytes) {
+    return read_rate(threads, bytes, [](const char* memory, int64_t part) {
+        const auto* words = reinterpret_cast<const uint64_t*>(memory);
+        uint64_t sum = 0;
+        for (int64_t i = 0; i < part / 8; ++i) sum += words[i];
+        return sum;
     });
-    return sum == 0 ? 0.0 : static_cast<double>(words * threads * 8) / since(start) / 1e9;
+}
+
+// What a pass over keys and values can reach that does something with them: loads wait in one queue with the rest.
+double probe_read_multiply(int threads, int64_t bytes, int multiplications) {
+#if defined(LONGROPE_X86)
+    const int groups = (multiplications + 10) / 20;
+    if (__builtin_cpu_supports("avx512f"))
+        return read_rate(threads, bytes,
+                         [=](const char* memory, int64_t part) { return read_and_multiply(memory, part, groups); });
+#endif
+    (void)threads, (void)bytes, (void)multiplications;
+    return 0.0;
 }
 
 }  // namespace longrope

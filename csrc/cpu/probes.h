@@ -8,5 +8,6 @@ namespace longrope {
 double probe_fma(int threads, double seconds);
 double probe_bf16(int threads, double seconds);
 double probe_read(int threads, int64_t bytes);
+double probe_read_multiply(int threads, int64_t bytes, int multiplications);
 
 }  // namespace longrope
