@@ -212,7 +212,7 @@ class Pieces {
   public:
     template <class T>
     void take(T** piece, int64_t count) {
-        *piece = reinterpret_cast<T*>(memory_.get() + used_);
+        *piece = memory_ ? reinterpret_cast<T*>(memory_.get() + used_) : nullptr;
         used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
     }
 
