@@ -2,9 +2,11 @@
 
 import hashlib
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,10 +19,14 @@ from longrope_kernels.backends import cuda
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "build" / "nvcc"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-FORWARD, DECODE = "sm80/attention_forward.cu", "sm80/attention_decode.cu"
+FORWARD = "sm80/attention_forward.cu"
+DECODE, FP8_DECODE = "sm80/attention_decode.cu", "sm80/attention_decode_fp8.cu"
+DECODES = {"16 bits": DECODE, "int8": "sm80/attention_decode_int8.cu", "fp8": FP8_DECODE}
 BACKWARD, WIDE_BACKWARD = "sm80/attention_backward.cu", "sm80/attention_backward_wide.cu"
 HOPPER, HOPPER_BACKWARD = "sm90/attention_forward.cu", "sm90/attention_backward.cu"
 KERNELS = sorted(str(x.relative_to(ROOT / "csrc" / "cuda")) for x in (ROOT / "csrc" / "cuda").rglob("*.cu"))
+# Sources that convert fp8, which have binaries for sm_89 of their own.
+CONVERTERS = ["cache_append.cu", "prepare_keys.cu", FP8_DECODE]
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc not found")
 
@@ -57,12 +63,18 @@ def sass(cubin):
     return subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
 
 
+def targets(source):
+    if source.startswith("sm90/"):
+        return ["sm_90a"]
+    return ["sm_80", "sm_89", "sm_90"] if source in CONVERTERS else ["sm_80", "sm_90"]
+
+
 def cases(*quick):
     """Every kernel file with each target that it is built for."""
     return [
         pytest.param(x, target, marks=[] if (x, target) in quick else pytest.mark.slow)
         for x in KERNELS
-        for target in (["sm_90a"] if x.startswith("sm90/") else ["sm_80", "sm_89", "sm_90"])
+        for target in targets(x)
     ]
 
 
@@ -83,7 +95,7 @@ def test_the_machine_code_has_what_the_kernels_are_made_of(source, target):
     code = sass(compiled(source, target)[0])
     assert not re.search(r"\b(LDL|STL)\b", code), "local memory"
     assert not re.search(r"\bMUFU\.(SIN|COS)\b", code), "a sine that is not ours"
-    if source in (FORWARD, DECODE, BACKWARD, WIDE_BACKWARD):
+    if source in (FORWARD, *DECODES.values(), BACKWARD, WIDE_BACKWARD):
         for instruction in (r"HMMA\.16816\.F32\.BF16", r"HMMA\.16816\.F32\b", "LDSM", "LDGSTS", r"MUFU\.EX2"):
             assert re.search(instruction, code), instruction
 
@@ -177,8 +189,11 @@ DECODE_CEILINGS = {
 @pytest.mark.timeout(1800)
 def test_a_key_costs_the_decode_few_instructions():
     seen = {}
-    for code in sass(compiled(DECODE, "sm_90")[0]).split("Function : ")[1:]:
-        head_dim, stored = re.search(r"BFloat16BitsELi(\d+)E(a|NS_3Fp8E|S\d*_)EE|$", code.split(maxsplit=1)[0]).groups()
+    functions = [
+        (stored, x) for stored, y in DECODES.items() for x in sass(compiled(y, "sm_90")[0]).split("Function : ")[1:]
+    ]
+    for stored, code in functions:
+        head_dim = re.search(r"decode_kernelINS_12BFloat16BitsELi(\d+)E|$", code.split(maxsplit=1)[0])[1]
         if head_dim is None:
             continue
         runs = [(" ".join(run), len(run)) for run in straight_runs(code)]
@@ -186,7 +201,7 @@ def test_a_key_costs_the_decode_few_instructions():
             max((length for text, length in runs if all(re.search(x, text) for x in parts)), default=0)
             for parts in (("HMMA", r"LDS\.128", "F2FP"), ("HMMA", r"LDSM\.16\.MT88"), (r"LDGSTS\.E\.BYPASS\.128",))
         ]
-        seen[int(head_dim), {"a": "int8", "NS_3Fp8E": "fp8"}.get(stored, "16 bits")] = longest
+        seen[int(head_dim), stored] = longest
     for kind, ceilings in DECODE_CEILINGS.items():
         for length, ceiling in zip(seen[kind], ceilings, strict=True):
             assert length > 0, kind
@@ -196,7 +211,7 @@ def test_a_key_costs_the_decode_few_instructions():
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("target", targets(WIDE_BACKWARD))
 def test_the_wide_backward_has_its_products_and_no_others(target):
     """Two products a warp, of which the loop holds each once: the warps of a team share the code."""
     cubin, report = compiled(WIDE_BACKWARD, target)
@@ -216,10 +231,49 @@ def test_the_wide_backward_has_its_products_and_no_others(target):
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("target", "converts"), [("sm_80", False), ("sm_89", True), ("sm_90", True)])
-@pytest.mark.parametrize("source", [DECODE, "prepare_keys.cu", "cache_append.cu"])
-def test_fp8_is_converted_by_the_hardware_that_can(source, target, converts):
-    assert bool(re.search(r"\bF2F\w*\.[\w.]*E4M3", sass(compiled(source, target)[0]))) is converts
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("source", CONVERTERS)
+def test_fp8_is_converted_by_the_hardware_that_can(source, target):
+    assert converts_fp8(source, target) is (target != "sm_80")
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("source", [x for x in KERNELS if x not in CONVERTERS])
+def test_what_has_no_binary_for_sm_89_converts_no_fp8(source):
+    assert not converts_fp8(source, targets(source)[-1])
+
+
+def converts_fp8(source, target):
+    return bool(re.search(r"\bF2F\w*\.[\w.]*E4M3", sass(compiled(source, target)[0])))
+
+
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake not found")
+def test_every_gpu_finds_an_image_of_every_kernel(tmp_path):
+    """A binary for its major version and no later minor one; a newer GPU compiles PTX."""
+    pybind11 = pytest.importorskip("pybind11")
+    configure = ["cmake", "-S", ROOT, "-B", tmp_path, "-DLONGROPE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={NVCC}"]
+    configure += ["-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    result = subprocess.run(configure, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    seen = {}
+    for command in json.loads((tmp_path / "compile_commands.json").read_text()):
+        source = Path(command["file"])
+        if source.suffix == ".cu":
+            seen[str(source.relative_to(ROOT / "csrc" / "cuda"))] = set(
+                re.findall(r"\b(?:sm|compute)_\w+", " ".join(re.findall(r"code=\S+", command["command"])))
+            )
+    assert sorted(seen) == KERNELS
+    for source, images in seen.items():
+        assert {x for x in images if x.startswith("sm_")} == set(targets(source)), source
+        if source.startswith("sm90/"):
+            continue  # no other GPU runs these
+        assert images & {"compute_80", "compute_89"}, source
+        for major, minor in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)):
+            assert any(f"sm_{major}{x}" in images for x in range(minor + 1)), (source, major, minor)
 
 
 @needs_nvcc
