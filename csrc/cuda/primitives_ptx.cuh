@@ -143,6 +143,12 @@ LONGROPE_DEVICE float exp2_fast(float x) {
     return y;
 }
 
+LONGROPE_DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 LONGROPE_DEVICE uint32_t anew(uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;

@@ -30,7 +30,7 @@ LONGROPE_DEVICE float quad_sum(float x) {
 // tanh to a few units in the last place of 1: 1 - 2 / (1 + e^2|x|), and its series where that cancels.
 LONGROPE_DEVICE float tanh_fast(float x) {
     const float magnitude = x < 0.0f ? -x : x, square = x * x;
-    const float far = 1.0f - 2.0f / (1.0f + exp2_fast(magnitude * (2.0f * kLog2E)));
+    const float far = 1.0f - 2.0f * reciprocal_fast(1.0f + exp2_fast(magnitude * (2.0f * kLog2E)));
     const float near = magnitude * (1.0f + square * (-0.33333333f + square * (0.13333333f + square * (-0.053968254f))));
     const float y = magnitude < 0.15f ? near : far;
     return x < 0.0f ? -y : y;
@@ -93,6 +93,16 @@ LONGROPE_DEVICE void softmax_step(float (&scores)[kColumnTiles][4], const ScoreS
             scores[j][c] = exp2_fast(scores[j][c] * scale.scale_log2 - shift[c / 2]);
             total[c / 2] += scores[j][c];
         }
+}
+
+// Multiplies a warp's sums by `keep`. Seldom after the first tiles: a product with 1 changes nothing.
+template <int kTiles>
+LONGROPE_DEVICE void rescale(float (&sums)[kTiles][4], const float (&keep)[2]) {
+    if (!any_lane(!(keep[0] == 1.0f && keep[1] == 1.0f))) return;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sums[n][c] *= keep[c / 2];
 }
 
 // Probabilities of 16 columns as the left operand of the product with the values.

@@ -26,6 +26,12 @@ struct Tile {
     LONGROPE_DEVICE SharedAddress element(int row, int column) const {
         return chunk(row, column / kChunk) + column % kChunk * 2;
     }
+    // chunk(first + row, 2 step + half), for a `first` in steps of 8 and a half of 0 or 1. The lane's part has two
+    // values for all steps; the rest are constants.
+    LONGROPE_DEVICE SharedAddress half_step(int first, int row, int half, int step) const {
+        const SharedAddress even = row * 64 + ((half ^ (row >> 1 & 3)) << 4);
+        return base + first * 64 + step / 2 * (kRowCount * 64) + (even ^ step % 2 << 5);
+    }
 };
 
 // A tile as Hopper's bulk copies bring it and wgmma reads it: slabs of 64 columns (128 bytes), row after row, the eight
@@ -74,21 +80,21 @@ LONGROPE_DEVICE void copy_tile(TileT tile, int count, int head_dim, const RowAt&
 template <class TileT>
 LONGROPE_DEVICE void load_left(uint32_t (&a)[4], TileT tile, int first, int step) {
     const int lane = lane_index();
-    load_matrices(a, tile.chunk(first + lane % 16, 2 * step + lane / 16));
+    load_matrices(a, tile.half_step(first, lane % 16, lane / 16, step));
 }
 
 // Rows [first, first + 16) as columns of the right operand, 16 columns of the tile as its rows: two operands.
 template <class TileT>
 LONGROPE_DEVICE void load_right(uint32_t (&b)[4], TileT tile, int first, int step) {
     const int lane = lane_index();
-    load_matrices(b, tile.chunk(first + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+    load_matrices(b, tile.half_step(first, lane / 16 * 8 + lane % 8, lane / 8 % 2, step));
 }
 
 // Rows [first, first + 16) as rows of the right operand, columns 16 step and on as its columns: two operands.
 template <class TileT>
 LONGROPE_DEVICE void load_right_transposed(uint32_t (&b)[4], TileT tile, int first, int step) {
     const int lane = lane_index();
-    load_matrices_transposed(b, tile.chunk(first + lane % 16, 2 * step + lane / 16));
+    load_matrices_transposed(b, tile.half_step(first, lane % 16, lane / 16, step));
 }
 
 // The two operands that the loads above bring.

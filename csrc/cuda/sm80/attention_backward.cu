@@ -18,6 +18,7 @@
 #include <cstring>
 
 #include "gradients.cuh"
+#include "tile_copies.cuh"
 
 namespace longrope {
 namespace {
@@ -32,6 +33,8 @@ struct Shape {
     static constexpr int kSteps = kHeadDim / 16;
     using OwnTile = Tile<kRows, kHeadDim>;
     using WalkedTile = Tile<kWalked, kHeadDim>;
+    using Keys = KeyCopies<WalkedTile, kThreads>;
+    using Rows = RowCopies<WalkedTile, kThreads>;
     static constexpr int kSums = OwnTile::kBytes, kRowInfo = 2 * (OwnTile::kBytes + WalkedTile::kBytes);
     static constexpr int kSharedBytes = kRowInfo + kRows * 16;
     static_assert(kSums + kRows * kHeadDim * 4 <= kRowInfo && kWalked <= kRows, "the sums and the rows fit");
@@ -83,26 +86,29 @@ LONGROPE_DEVICE auto columns_of(const float (&sums)[kTiles][4]) {
     return [&sums](uint32_t (&a)[4], int j) { probabilities_left<T>(a, sums[2 * j], sums[2 * j + 1]); };
 }
 
-LONGROPE_DEVICE void store_row_info(const BackwardLaunch& launch, const Sequence& s, const RowMap& map, int64_t first,
-                                    int count, int rows, SharedAddress to) {
+// Of a row that exists, or of none.
+LONGROPE_DEVICE void store_row_info(const BackwardLaunch& launch, const Sequence& s, const RowMap& map,
+                                    const RowPlace& row, bool exists, SharedAddress to) {
     const AttentionParams& p = launch.params.forward;
-    for (int r = thread_index(); r < rows; r += kThreads) {
-        Vec16 info{};
-        if (r < count) {
-            const int64_t head = map.head(first + r), i = map.token(first + r);
-            const Interval seen = s.visible(p, i);
-            const float* lse = s.lse(p, head, i);
-            info = {{static_cast<uint32_t>(seen.low), static_cast<uint32_t>(seen.high),
-                     as_bits(load_global(lse) * kLog2E),
-                     as_bits(load_global(static_cast<const float*>(launch.scratch.delta + (lse - p.lse))))}};
-        }
-        store_shared(to + 16 * r, info);
+    Vec16 info{};
+    if (exists) {
+        const Interval seen = s.visible(p, row.token);
+        const float* lse = s.lse(p, map.first_head + row.head, row.token);
+        info = {{static_cast<uint32_t>(seen.low), static_cast<uint32_t>(seen.high), as_bits(load_global(lse) * kLog2E),
+                 as_bits(load_global(static_cast<const float*>(launch.scratch.delta + (lse - p.lse))))}};
     }
+    store_shared(to, info);
 }
+
+struct QueryGradientLaunch {
+    BackwardLaunch launch;
+    int64_t key_step, value_step;  // of the copies, in bytes
+};
 
 template <class T, int kHeadDim, int kWalked>
 LONGROPE_KERNEL(kThreads)
-query_gradient_kernel(const BackwardLaunch launch) {
+query_gradient_kernel(const QueryGradientLaunch arguments) {
+    const BackwardLaunch& launch = arguments.launch;
     using S = Shape<kHeadDim, kWalked>;
     const AttentionParams& p = launch.params.forward;
     const int head_dim = static_cast<int>(p.head_dim);
@@ -118,17 +124,21 @@ query_gradient_kernel(const BackwardLaunch launch) {
 
     copy_rows<T, kThreads>(launch.scratch.query, s, map, first_row, count, queries, head_dim);
     copy_rows<T, kThreads>(launch.params.grad_out, s, map, first_row, count, grads, head_dim);
-    store_row_info(launch, s, map, first_row, count, kRows, S::kRowInfo);
+    if (thread_index() < kRows)
+        store_row_info(launch, s, map, RowPlace(map, first_row + thread_index()), thread_index() < count,
+                       S::kRowInfo + 16 * thread_index());
     const Interval first_seen = s.visible(p, map.token(first_row));
     const Interval last_seen = s.visible(p, map.token(first_row + count - 1));
     const int begin = static_cast<int>(first_seen.low / kWalked * kWalked);
     const int end = static_cast<int>(last_seen.high < s.key_length ? last_seen.high : s.key_length);
+    typename S::Keys next_keys(launch.scratch.key, s, key_head, begin), next_values(p.value, s, key_head, begin);
+    const int length = static_cast<int>(s.key_length);
     const ScoreScale scale(p.scale, p.softcap);
     float out[2 * S::kSteps][4] = {};
 
     for (int first = begin; first < end; first += kWalked) {
-        copy_keys<T, kThreads>(launch.scratch.key, s, key_head, first, keys, head_dim);
-        copy_keys<T, kThreads>(p.value, s, key_head, first, values, head_dim);
+        next_keys.start(keys, length - first, head_dim, arguments.key_step);
+        next_values.start(values, length - first, head_dim, arguments.value_step);
         copy_async_commit();
         copy_async_wait<0>();
         block_sync();  // the tiles are there for all
@@ -169,11 +179,25 @@ query_gradient_kernel(const BackwardLaunch launch) {
             [&](int r) { return SharedRow<T, typename S::OwnTile>{queries, r}; }, position_of);
 }
 
+// Steps: of the walked rows' copies.
+template <class Steps>
+struct KeyGradientLaunch {
+    BackwardLaunch launch;
+    Steps copies;
+    RowStep tile;  // from a row to that of the next tile
+};
+
+template <int kHeadDim>
+using KeyShape = Shape<kHeadDim, kRowsWalked<kHeadDim>>;
+template <int kHeadDim>
+using RowCopySteps = typename KeyShape<kHeadDim>::Rows::Steps;
+
 template <class T, int kHeadDim>
 LONGROPE_KERNEL(kThreads)
-key_gradient_kernel(const BackwardLaunch launch) {
+key_gradient_kernel(const KeyGradientLaunch<RowCopySteps<kHeadDim>> arguments) {
     constexpr int kWalked = kRowsWalked<kHeadDim>;
-    using S = Shape<kHeadDim, kWalked>;
+    using S = KeyShape<kHeadDim>;
+    const BackwardLaunch& launch = arguments.launch;
     const AttentionParams& p = launch.params.forward;
     const int head_dim = static_cast<int>(p.head_dim);
     const int64_t key_block = block_index() % launch.scratch.key_blocks;
@@ -183,7 +207,10 @@ key_gradient_kernel(const BackwardLaunch launch) {
     const int first_key = static_cast<int>(key_block * kKeys);
     const int left = static_cast<int>(s.key_length) - first_key, count = left < kKeys ? left : kKeys;
     if (count <= 0) return;
-    const int64_t rows = s.query_count * map.group;
+    // Rows that see the block's keys: the intervals that they see only move right.
+    const int64_t seeing_end = s.seeing(p, first_key + count - 1).high;
+    const int64_t end = (seeing_end < s.query_count ? seeing_end : s.query_count) * map.group;
+    const int64_t begin = s.seeing(p, first_key).low * map.group / kWalked * kWalked;
     const auto keys = S::own(0), values = S::own(1);
     const auto queries = S::walked(0), grads = S::walked(1);
 
@@ -192,15 +219,15 @@ key_gradient_kernel(const BackwardLaunch launch) {
     const ScoreScale scale(p.scale, p.softcap);
     float d_keys[2 * S::kSteps][4] = {}, d_values[2 * S::kSteps][4] = {};
 
-    for (int64_t first = 0; first < rows; first += kWalked) {
-        const int row_count = static_cast<int>(rows - first < kWalked ? rows - first : kWalked);
-        if (s.visible(p, map.token(first)).low >= first_key + kKeys ||
-            s.visible(p, map.token(first + row_count - 1)).high <= first_key)
-            continue;
-        copy_rows<T, kThreads>(launch.scratch.query, s, map, first, row_count, queries, head_dim);
-        copy_rows<T, kThreads>(launch.params.grad_out, s, map, first, row_count, grads, head_dim);
+    typename S::Rows next_rows(launch.scratch.query, launch.params.grad_out, s, map, begin);
+    RowPlace known(map, begin + thread_index());
+    for (int64_t first = begin; first < end; first += kWalked) {
+        const int row_count = static_cast<int>(end - first < kWalked ? end - first : kWalked);
+        next_rows.start(queries, grads, row_count, head_dim, arguments.copies);
         copy_async_commit();
-        store_row_info(launch, s, map, first, row_count, kWalked, S::kRowInfo);
+        if (thread_index() < kWalked)
+            store_row_info(launch, s, map, known, thread_index() < row_count, S::kRowInfo + 16 * thread_index());
+        arguments.tile.advance(known);
         copy_async_wait<0>();
         block_sync();  // the tiles are there for all
         float scores[kWalked / 8][4] = {}, slopes[kWalked / 8][4] = {};
@@ -252,15 +279,19 @@ key_gradient_kernel(const BackwardLaunch launch) {
 
 template <class T, int kHeadDim, int kWalked>
 void run_query_gradient(const BackwardLaunch& arguments, int64_t heads, Stream stream) {
-    launch(query_gradient_kernel<T, kHeadDim, kWalked>, arguments.scratch.row_blocks * heads, kThreads,
-           Shape<kHeadDim, kWalked>::kSharedBytes, arguments, stream);
+    using S = Shape<kHeadDim, kWalked>;
+    const QueryGradientLaunch all{arguments, S::Keys::step_of(arguments.scratch.key),
+                                  S::Keys::step_of(arguments.params.forward.value)};
+    launch(query_gradient_kernel<T, kHeadDim, kWalked>, arguments.scratch.row_blocks * heads, kThreads, S::kSharedBytes,
+           all, stream);
 }
 
 template <class T, int kHeadDim>
 void run(const BackwardLaunch& arguments, Stream stream) {
-    using S = Shape<kHeadDim, kRowsWalked<kHeadDim>>;
+    using S = KeyShape<kHeadDim>;
     static_assert(blocks_that_fit(kSharedLimit + 1024, S::kSharedBytes) >= 2, "one block alone has no overlap");
-    const int64_t heads = arguments.params.forward.batch * arguments.params.forward.key_heads;
+    const AttentionParams& p = arguments.params.forward;
+    const int64_t heads = p.batch * p.key_heads, group = p.query_heads / p.key_heads;
     // Two blocks to a multiprocessor: at head_dim 128 that takes smaller tiles where there are 100 KB.
     if constexpr (kHeadDim <= 96)
         run_query_gradient<T, kHeadDim, 64>(arguments, heads, stream);
@@ -268,7 +299,10 @@ void run(const BackwardLaunch& arguments, Stream stream) {
         run_query_gradient<T, kHeadDim, 64>(arguments, heads, stream);
     else
         run_query_gradient<T, kHeadDim, 32>(arguments, heads, stream);
-    launch(key_gradient_kernel<T, kHeadDim>, arguments.scratch.key_blocks * heads, kThreads, S::kSharedBytes, arguments,
+    using Steps = RowCopySteps<kHeadDim>;
+    const KeyGradientLaunch<Steps> all{arguments, Steps(arguments.scratch.query, arguments.params.grad_out, group),
+                                       RowStep(kRowsWalked<kHeadDim>, group)};
+    launch(key_gradient_kernel<T, kHeadDim>, arguments.scratch.key_blocks * heads, kThreads, S::kSharedBytes, all,
            stream);
 }
 

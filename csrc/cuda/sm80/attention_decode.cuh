@@ -100,12 +100,12 @@ LONGROPE_DEVICE void multiply_tile(float (&scores)[2][4], const AttentionParams&
 template <class T, class Q, class S>
 LONGROPE_DEVICE void multiply_values(float (&out)[2 * S::kSteps][4], const uint32_t (&weights)[4], int stage) {
     const typename S::StoredTile values{S::values(stage)};
-    const int row = 16 * warp_index() + key_row(lane_index() / 8 % 2);
+    const int row = key_row(lane_index() / 8 % 2);
     uint32_t both[4], v[2];
     if constexpr (S::kQuantised) {
 #pragma unroll
         for (int n = 0; n < S::kSteps / 2; ++n) {
-            load_matrices_transposed(both, values.chunk(row, 2 * n + lane_index() / 16));
+            load_matrices_transposed(both, values.half_step(16 * warp_index(), row, lane_index() / 16, n));
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 uint32_t low[2], high[2];
@@ -122,7 +122,7 @@ LONGROPE_DEVICE void multiply_values(float (&out)[2 * S::kSteps][4], const uint3
     } else {
 #pragma unroll
         for (int n = 0; n < S::kSteps; ++n) {
-            load_matrices_transposed(both, values.chunk(row, 2 * n + lane_index() / 16));
+            load_matrices_transposed(both, values.half_step(16 * warp_index(), row, lane_index() / 16, n));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 right_half(v, both, half);
@@ -238,13 +238,7 @@ attention_decode_kernel(const DecodeLaunch launch) {
                         kUnit * load_shared<float>(S::value_scales(stage) +
                                                    4 * (warp_first - first + key_of(j, lane_column + c % 2)));
         }
-        // Seldom after the first tiles: a product with 1 changes nothing.
-        if (any_lane(!(keep[0] == 1.0f && keep[1] == 1.0f))) {
-#pragma unroll
-            for (int n = 0; n < 2 * S::kSteps; ++n)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) out[n][c] *= keep[c / 2];
-        }
+        rescale(out, keep);
         uint32_t weights[4];
         probabilities_left<T>(weights, scores[0], scores[1]);
         multiply_values<T, Q, S>(out, weights, stage);

@@ -22,6 +22,7 @@
 #include "../output.cuh"
 #include "../queries.cuh"
 #include "../softmax.cuh"
+#include "tile_copies.cuh"
 
 namespace longrope {
 namespace {
@@ -36,11 +37,17 @@ struct Shape {
     static constexpr int kKeys = kTileKeys, kSteps = kHeadDim / 16;
     using QueryTile = Tile<kRows, kHeadDim>;
     using KeyTile = Tile<kKeys, kHeadDim>;
+    using Copies = KeyCopies<KeyTile, kThreads>;
     static constexpr int kSeen = QueryTile::kBytes + 2 * KeyTile::kBytes;
     static constexpr int kSharedBytes = kSeen + kRows * 8;
 
     // Where the interval of keys that a row sees is kept: low and high, int32.
     LONGROPE_DEVICE static SharedAddress seen_of(int row) { return kSeen + row * 8; }
+};
+
+struct ForwardLaunch {
+    AttentionParams params;
+    int64_t key_step, value_step;  // of the copies, in bytes
 };
 
 // What a block works on.
@@ -79,7 +86,8 @@ LONGROPE_DEVICE void store_rows(const AttentionParams& p, float (&out)[S::kRowTi
 
 template <class T, int kHeadDim, int kTileKeys>
 LONGROPE_KERNEL((Shape<kHeadDim, kTileKeys>::kThreads))
-attention_forward_kernel(const AttentionParams p) {
+attention_forward_kernel(const ForwardLaunch launch) {
+    const AttentionParams& p = launch.params;
     using S = Shape<kHeadDim, kTileKeys>;
     constexpr int kRowTiles = S::kRowTiles, kSteps = S::kSteps, kKeys = S::kKeys, kKeySteps = kKeys / 16;
     constexpr int kThreads = S::kThreads;
@@ -91,13 +99,6 @@ attention_forward_kernel(const AttentionParams p) {
 
     const typename S::QueryTile queries{0};
     const typename S::KeyTile keys{S::QueryTile::kBytes}, values{keys.base + S::KeyTile::kBytes};
-    const auto copy_keys = [&](const Operand& from, typename S::KeyTile to, int first) {
-        const T* base = row_of<T>(from, s.b, work.key_head, s.key_start + first);
-        copy_tile<kThreads>(to, static_cast<int>(s.key_length) - first, static_cast<int>(p.head_dim),
-                            [&](int r) { return base + r * from.token_stride; });
-        copy_async_commit();
-    };
-
     // Rows see intervals that only move right: those of the first and the last row bound what the block visits.
     const Interval first_seen = s.visible(p, map.token(work.first_row));
     const Interval last_seen = s.visible(p, map.token(work.first_row + count - 1));
@@ -106,7 +107,10 @@ attention_forward_kernel(const AttentionParams p) {
     // Tiles within these are seen whole by every row.
     const int whole_begin = static_cast<int>(last_seen.low);
     const int whole_end = count < kRows ? 0 : static_cast<int>(first_seen.high);
-    if (begin < end) copy_keys(p.key, keys, begin);
+    const int head_dim = static_cast<int>(p.head_dim), length = static_cast<int>(s.key_length);
+    typename S::Copies next_keys(p.key, s, work.key_head, begin), next_values(p.value, s, work.key_head, begin);
+    if (begin < end) next_keys.start(keys, length - begin, head_dim, launch.key_step);
+    copy_async_commit();
     load_queries<T, kThreads>(p, s, map, work.first_row, count, queries);
     for (int r = thread_index(); r < kRows; r += kThreads) {
         const Interval seen = r < count ? s.visible(p, map.token(work.first_row + r)) : Interval{0, 0};
@@ -123,7 +127,8 @@ attention_forward_kernel(const AttentionParams p) {
     for (int first = begin; first < end; first += kKeys) {
         copy_async_wait<0>();
         block_sync();  // the keys are there for all, and the last tile's values are done with
-        copy_keys(p.value, values, first);
+        next_values.start(values, length - first, head_dim, launch.value_step);
+        copy_async_commit();
 
         float scores[kRowTiles][2 * kKeySteps][4] = {};
 #pragma unroll
@@ -146,7 +151,8 @@ attention_forward_kernel(const AttentionParams p) {
 
         copy_async_wait<0>();
         block_sync();  // the values are there for all, and the keys are done with
-        if (first + kKeys < end) copy_keys(p.key, keys, first + kKeys);
+        if (first + kKeys < end) next_keys.start(keys, length - first - kKeys, head_dim, launch.key_step);
+        copy_async_commit();
 
         const bool masked = first < whole_begin || first + kKeys > whole_end;
 #pragma unroll
@@ -161,10 +167,7 @@ attention_forward_kernel(const AttentionParams p) {
                 }
             float keep[2];
             softmax_step(scores[i], scale, top[i], total[i], keep);
-#pragma unroll
-            for (int n = 0; n < 2 * kSteps; ++n)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) out[i][n][c] *= keep[c / 2];
+            rescale(out[i], keep);
         }
 #pragma unroll
         for (int j = 0; j < kKeySteps; ++j) {
@@ -194,7 +197,8 @@ void run(const AttentionParams& p, Stream stream) {
     using S = Shape<kHeadDim, kTileKeys>;
     const int64_t rows = p.query_tokens * (p.query_heads / p.key_heads);
     launch(attention_forward_kernel<T, kHeadDim, kTileKeys>, (rows + kRows - 1) / kRows * p.key_heads * p.batch,
-           S::kThreads, S::kSharedBytes, p, stream);
+           S::kThreads, S::kSharedBytes, ForwardLaunch{p, S::Copies::step_of(p.key), S::Copies::step_of(p.value)},
+           stream);
 }
 
 template <class T>

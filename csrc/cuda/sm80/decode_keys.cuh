@@ -170,9 +170,9 @@ class PlainKeys {
     LONGROPE_DEVICE PlainKeys(int stage, SharedAddress) : tile_{S::stage(stage)} {}
 
     LONGROPE_DEVICE void load(int step) {
-        const int row = 16 * warp_index() + key_row(lane_index() / 16), chunk = 2 * step + lane_index() / 8 % 2;
-        load_matrices(first_, tile_.chunk(row, chunk));
-        load_matrices(second_, tile_.chunk(row, chunk + S::kSteps));
+        const int row = key_row(lane_index() / 16), half = lane_index() / 8 % 2;
+        load_matrices(first_, tile_.half_step(16 * warp_index(), row, half, step));
+        load_matrices(second_, tile_.half_step(16 * warp_index(), row, half, step + S::kSteps / 2));
     }
     LONGROPE_DEVICE PairDims get(int half, int, int c) const {
         const Float2 a = unpack<T>(first_[2 * half + c]), b = unpack<T>(second_[2 * half + c]);
