@@ -1,9 +1,10 @@
 // Appending to a cache of unrotated keys.
 //
 // A plain cache takes keys and values as they are: a thread moves 16 bytes of each. A quantised one takes, as int8 or
-// fp8, values with one scale a token (a warp each), and keys with one scale a channel for every whole group of 64 (a
-// block each, a thread a channel); keys of the group that is not whole wait in the tail as they came. Groups that this
-// append completes are read from the tail before the next launch writes over it.
+// fp8, values with one scale a token, and keys with one scale a channel for every whole group of 64; a thread has 8
+// channels of some of the 64 tokens of its block, and keeps them in registers while the scale is found. Keys of the
+// group that is not whole wait in the tail as they came. Groups that this append completes are read from the tail
+// before the next launch writes over it.
 //
 // Bytes: each value is read and written once, keys of a group twice. Bound by memory.
 #include <cmath>
@@ -15,7 +16,7 @@
 namespace longrope {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kThreads = 128;
 
 struct AppendLaunch {
     AppendParams params;
@@ -69,30 +70,72 @@ append_plain_kernel(const AppendLaunch launch) {
     move(p.value, p.value_pages);
 }
 
-template <class T, class Q>
+// What a thread has of the 64 tokens of a block: chunk `chunk` of tokens first, first + kStep and on. Threads whose
+// chunk lies past head_dim have none; kWidth is a power of two, so that the threads of a token are neighbours in one
+// warp.
+template <int kWidth>
+struct Part {
+    static constexpr int kStep = kThreads / kWidth, kTokens = kKeyGroup / kStep;
+    int first, chunk;
+
+    LONGROPE_DEVICE Part() : first(thread_index() / kWidth), chunk(thread_index() % kWidth) {}
+    LONGROPE_DEVICE bool in(int head_dim) const { return chunk * 8 < head_dim; }
+};
+
+// 8 channels of a token, quantised, to their row.
+template <class Q>
+LONGROPE_DEVICE void store_quantised(Q* row, int chunk, const Float8& x, const Float8& inverse) {
+    Vec8 bytes;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        uint8_t byte[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const Q q = quantise<Q>(x.at[4 * i + k], inverse.at[4 * i + k]);
+            if constexpr (std::is_same_v<Q, Fp8>)
+                byte[k] = q.bits;
+            else
+                byte[k] = static_cast<uint8_t>(q);
+        }
+        bytes.word[i] = byte[0] | byte[1] << 8 | byte[2] << 16 | uint32_t{byte[3]} << 24;
+    }
+    store_global(reinterpret_cast<Vec8*>(row + 8 * chunk), bytes);
+}
+
+template <class T, class Q, int kWidth>
 LONGROPE_KERNEL(kThreads)
 quantise_values_kernel(const AppendLaunch launch) {
     const AppendParams& p = launch.params;
-    const int64_t at = block_index() * kWarps + warp_index();
-    const int64_t t = at % launch.tokens, head = at / launch.tokens % p.key_heads, b = at / launch.tokens / p.key_heads;
-    if (b >= p.batch || t >= load_global(p.count + b)) return;
-    const GlobalRow<T> from{row_of<T>(p.value, b, head, t)};
-    const int head_dim = static_cast<int>(p.head_dim);
-    Scale<Q> measured;
-    for (int d = lane_index(); d < head_dim; d += 32) measured.add(from.load1(d));
+    const int64_t blocks = (launch.tokens + kKeyGroup - 1) / kKeyGroup;  // of a head
+    const int64_t head = block_index() / blocks % p.key_heads, b = block_index() / blocks / p.key_heads;
+    const int64_t begin = block_index() % blocks * kKeyGroup, length = load_global(p.length + b);
+    const int64_t left = load_global(p.count + b) - begin;
+    const Part<kWidth> me;
+    const bool in = me.in(static_cast<int>(p.head_dim));
+    // Whole warps leave, or none of their lanes.
+    for (int t = me.first; t - me.first % (32 / kWidth) < left && t < kKeyGroup; t += me.kStep) {
+        Float8 x{};
+        if (in && t < left) x = GlobalRow<T>{row_of<T>(p.value, b, head, begin + t)}.load8(me.chunk);
+        Scale<Q> measured;
 #pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-        measured.largest = fmaxf(measured.largest, shuffle_xor(measured.largest, mask));
-        measured.poison += shuffle_xor(measured.poison, mask);
+        for (int i = 0; i < 8; ++i) measured.add(x.at[i]);
+#pragma unroll
+        for (int mask = kWidth / 2; mask > 0; mask /= 2) {
+            measured.largest = fmaxf(measured.largest, shuffle_xor(measured.largest, mask));
+            measured.poison += shuffle_xor(measured.poison, mask);
+        }
+        if (!in || t >= left) continue;
+        const float scale = measured.value(), inverse = inverse_of(scale);
+        const Slot to = slot_of(p.pages, b, length + begin + t);
+        Float8 inverses;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) inverses.at[i] = inverse;
+        store_quantised(row_of<Q>(p.value_pages, to.outer, head, to.token), me.chunk, x, inverses);
+        if (me.chunk == 0) store_global(const_cast<float*>(value_scale(p, to, head)), scale);
     }
-    const float scale = measured.value(), inverse = inverse_of(scale);
-    const Slot to = slot_of(p.pages, b, load_global(p.length + b) + t);
-    Q* row = row_of<Q>(p.value_pages, to.outer, head, to.token);
-    for (int d = lane_index(); d < head_dim; d += 32) store_global(row + d, quantise<Q>(from.load1(d), inverse));
-    if (lane_index() == 0) store_global(const_cast<float*>(value_scale(p, to, head)), scale);
 }
 
-template <class T, class Q>
+template <class T, class Q, int kWidth>
 LONGROPE_KERNEL(kThreads)
 quantise_groups_kernel(const AppendLaunch launch) {
     const AppendParams& p = launch.params;
@@ -101,21 +144,57 @@ quantise_groups_kernel(const AppendLaunch launch) {
     const int64_t length = load_global(p.length + b), end = length + load_global(p.count + b);
     const int64_t first = (length / kKeyGroup + block_index() % most) * kKeyGroup;
     if (first + kKeyGroup > end) return;
-    const Slot group = slot_of(p.pages, b, first);
-    float* scales = const_cast<float*>(key_scale(p, group, head));
-    for (int d = thread_index(); d < p.head_dim; d += kThreads) {
-        const auto key = [&](int k) {
-            T* row = first + k < length ? row_of<T>(p.pages.key_tail, b, head, k)
-                                        : row_of<T>(p.key, b, head, first + k - length);
-            return GlobalRow<T>{row}.load1(d);
-        };
-        Scale<Q> measured;
-        for (int k = 0; k < kKeyGroup; ++k) measured.add(key(k));
-        const float scale = measured.value(), inverse = inverse_of(scale);
-        store_global(scales + d, scale);
-        for (int k = 0; k < kKeyGroup; ++k)
-            store_global(row_of<Q>(p.key_pages, group.outer, head, group.token + k) + d, quantise<Q>(key(k), inverse));
+    using P = Part<kWidth>;
+    const P me;
+    const bool in = me.in(static_cast<int>(p.head_dim));
+    Vec16 keys[P::kTokens] = {};
+    if (in) {
+#pragma unroll
+        for (int i = 0; i < P::kTokens; ++i) {
+            const int k = me.first + i * P::kStep;
+            const T* row = first + k < length ? row_of<T>(p.pages.key_tail, b, head, k)
+                                              : row_of<T>(p.key, b, head, first + k - length);
+            keys[i] = load_global(reinterpret_cast<const Vec16*>(row + 8 * me.chunk));
+        }
     }
+    Scale<Q> measured[8];
+#pragma unroll
+    for (int i = 0; i < P::kTokens; ++i) {
+        const Float8 x = unpack8<T>(keys[i]);
+#pragma unroll
+        for (int d = 0; d < 8; ++d) measured[d].add(x.at[d]);
+    }
+    // What each part of the tokens has at most, [kStep][kWidth][8].
+    const auto place = [&](int part) {
+        return static_cast<SharedAddress>((part * kWidth + me.chunk) * 8 * sizeof(float));
+    };
+    constexpr SharedAddress kPoison = kThreads * 8 * sizeof(float);
+#pragma unroll
+    for (int d = 0; d < 8; ++d) {
+        store_shared(place(me.first) + 4 * d, measured[d].largest);
+        store_shared(kPoison + place(me.first) + 4 * d, measured[d].poison);
+    }
+    block_sync();
+    if (!in) return;
+    const Slot group = slot_of(p.pages, b, first);
+    float* scales = const_cast<float*>(key_scale(p, group, head)) + 8 * me.chunk;
+    Float8 inverses;
+#pragma unroll
+    for (int d = 0; d < 8; ++d) {
+        Scale<Q> all;
+#pragma unroll
+        for (int part = 0; part < P::kStep; ++part) {
+            all.largest = fmaxf(all.largest, load_shared<float>(place(part) + 4 * d));
+            all.poison += load_shared<float>(kPoison + place(part) + 4 * d);
+        }
+        const float scale = all.value();
+        inverses.at[d] = inverse_of(scale);
+        if (me.first == 0) store_global(scales + d, scale);
+    }
+#pragma unroll
+    for (int i = 0; i < P::kTokens; ++i)
+        store_quantised(row_of<Q>(p.key_pages, group.outer, head, group.token + me.first + i * P::kStep), me.chunk,
+                        unpack8<T>(keys[i]), inverses);
 }
 
 // The last keys, up to 64 of them, to their places in the tail.
@@ -144,15 +223,26 @@ void run(const AppendParams& p, int64_t tokens, Stream stream) {
         return launch(append_plain_kernel<T>, (moves + kThreads - 1) / kThreads, kThreads, 0, arguments, stream);
     }
     if (tokens == 0) return;
-    const auto quantise_to = [&](auto q) {
+    const auto quantise_to = [&](auto q, auto width) {
         using Q = decltype(q);
-        launch(quantise_values_kernel<T, Q>, (heads * tokens + kWarps - 1) / kWarps, kThreads, 0, arguments, stream);
-        launch(quantise_groups_kernel<T, Q>, heads * (tokens / kKeyGroup + 1), kThreads, 0, arguments, stream);
+        constexpr int kWidth = decltype(width)::value;
+        launch(quantise_values_kernel<T, Q, kWidth>, heads * ((tokens + kKeyGroup - 1) / kKeyGroup), kThreads, 0,
+               arguments, stream);
+        launch(quantise_groups_kernel<T, Q, kWidth>, heads * (tokens / kKeyGroup + 1), kThreads,
+               2 * kThreads * 8 * static_cast<int>(sizeof(float)), arguments, stream);
     };
-    if (p.pages.stored == Stored::kFp8)
-        quantise_to(Fp8{});
+    const auto quantise_in = [&](auto width) {
+        if (p.pages.stored == Stored::kFp8)
+            quantise_to(Fp8{}, width);
+        else
+            quantise_to(int8_t{}, width);
+    };
+    if (p.head_dim <= 64)
+        quantise_in(std::integral_constant<int, 8>{});
+    else if (p.head_dim <= 128)
+        quantise_in(std::integral_constant<int, 16>{});
     else
-        quantise_to(int8_t{});
+        quantise_in(std::integral_constant<int, 32>{});
     launch(append_tail_kernel<T>, heads, kThreads, 0, arguments, stream);
 }
 
