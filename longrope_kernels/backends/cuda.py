@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..bundles import Geometry, Packing, Pages, Rotation
 from . import native
 
@@ -190,6 +191,7 @@ def attention_varlen(
 
 def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Attention over a cache, contiguous or paged, quantised or not; few queries read it once, where it lies."""
+    _check_aligned(pages)
     query = _aligned(query)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
@@ -212,6 +214,7 @@ def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: G
 
 def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> None:
     """Write the first `count[b]` of key and value [B, Hkv, T, D] behind the `length[b]` tokens of the cache."""
+    _check_aligned(pages)
     key, value = _aligned(key), _aligned(value)
     arguments, keep = native.append_arguments(key, value, pages, count)
     cache = [x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale, pages.key_tail) if x is not None]
@@ -295,7 +298,7 @@ class _Attention:
         pairs = d_inv_freq.shape[1]
         parts = [
             torch.zeros(batch, key_heads, blocks, pairs, dtype=torch.float64, device=query.device)
-            for blocks in (row_blocks, key_blocks)
+            for blocks in ((row_blocks, key_blocks) if want_inv_freq else (0, 0))
         ]
         reads = [query, key, *keep]
         _call("prepare_queries", (self.arguments, operand(rotated[0])), reads, [rotated[0]])
@@ -382,6 +385,18 @@ def _aligned(x: Tensor) -> Tensor:
     if x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps[:-1]) and x.stride(-1) == 1:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _check_aligned(pages: Pages) -> None:
+    """Refuse a cache whose rows the kernels cannot access in pieces of 16 bytes, of 8 where they are quantised."""
+    for name, x in (("key_pages", pages.key), ("value_pages", pages.value), ("key_tail", pages.key_tail)):
+        if x is None:
+            continue
+        piece = 8 * x.element_size()
+        steps = [step for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
+        if x.data_ptr() % piece or any(step % 8 for step in steps[:-1]):
+            past = f"address {x.data_ptr() % piece} past a multiple of {piece} bytes, strides {x.stride()}"
+            checks.refuse(name, past, f"rows at multiples of {piece} bytes, as the cuda backend reads them")
 
 
 def _bulk_readable(x: Tensor, token_dim: int = -2) -> Tensor:

@@ -1,5 +1,6 @@
 """Few rows over many keys: split keys, caches, packed batches, in the emulator."""
 
+import dataclasses
 import math
 
 import pytest
@@ -94,6 +95,33 @@ def test_small_probabilities_of_quantised_values_count(emulated, quantised):
     out, exact = (cache.attend(query, scale=1.0, backend=backend) for backend in ("cuda", "reference"))
     assert exact.min() > 0.01
     assert torch.allclose(out, exact, rtol=3e-3)
+
+
+@pytest.mark.parametrize("window", [300, pytest.param(None, marks=pytest.mark.slow)])
+def test_more_partial_results_than_a_block_looks_at_once(emulated, window):
+    """Of 300 runs of keys, with a window of which the last alone is seen."""
+    query, key, value = operands(1, (2, 1), (1, 300 * emulated.SPLIT_KEYS - 7), 32, torch.float16)
+    scaling = lk.RopeScaling(32, 1e4)
+    out, exact = (
+        lk.attention(query, key, value, scaling, return_lse=True, window=window, backend=backend)
+        for backend in ("cuda", "cpu")
+    )
+    for x, y in zip(out, exact, strict=True):
+        assert torch.allclose(x.float(), y.float(), rtol=2e-3, atol=2e-3 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("stored", [False, "int8"])
+@pytest.mark.parametrize("of", ["key_pages", "value_pages"])
+def test_a_cache_whose_rows_the_kernels_cannot_read_is_refused(emulated, stored, of):
+    cache, key, value = filled([60], torch.float16, stored, 64, capacity=64)
+    field = of.removesuffix("_pages")
+    aligned = getattr(cache.pages, field)
+    room = torch.zeros(aligned.numel() + 4, dtype=aligned.dtype)
+    pages = dataclasses.replace(cache.pages, **{field: room[4:].view(aligned.shape)})
+    with pytest.raises(ValueError, match=f"{of}: got address .* expected rows at multiples of"):
+        lk.attention_paged(key[:, :, :1], pages, PLAIN, backend="cuda")
+    with pytest.raises(ValueError, match=f"{of}: got address"):
+        lk.cache_append(key[:, :, :1], value[:, :, :1], pages, backend="cuda")
 
 
 def check_cache(dtype, head_dim, lengths, kind, query_tokens, interleaved, rotary_dim):

@@ -150,6 +150,7 @@ def test_what_there_are_no_kernels_for_is_refused(emulated, head_dim, dtype, rea
 FORWARD = "cuda/sm80/attention_forward.cu"
 DECODE = "cuda/sm80/attention_decode.cuh"
 DECODE_KEYS, DECODE_TILES = "cuda/sm80/decode_keys.cuh", "cuda/sm80/decode_tiles.cuh"
+COPIES, COMBINE, APPEND = "cuda/sm80/tile_copies.cuh", "cuda/attention_combine.cu", "cuda/cache_append.cu"
 BACKWARD = "cuda/sm80/attention_backward.cu"
 OUTPUT = "cuda/output.cuh"
 PLANTED = {
@@ -170,6 +171,8 @@ PLANTED = {
         "race|in flight|nothing",
     ),
     "no barrier before the rows are stored": (OUTPUT, "warp_sync();", "", 0, "race|nothing wrote"),
+    "keys of the tile before": (COPIES, "next_ += step;", "", 0, "wrong result"),
+    "sums kept where a maximum moved": ("cuda/softmax.cuh", "sums[n][c] *= keep[c / 2];", ";", 0, "wrong result"),
     "decode: no wait for the stage": (DECODE, "copy_async_wait<0>();", "copy_async_wait<1>();", 0, "in flight"),
     "decode: no barrier after the wait": (
         DECODE,
@@ -270,6 +273,12 @@ PLANTED = {
         0,
         "race",
     ),
+    "dk: heads that never pass the last": (COPIES, "(wraps ? steps.first.wrap : 0)", "0", 0, "wrong|out of bounds"),
+    "dk: what is known of the rows before": (BACKWARD, "arguments.tile.advance(known);", "", 0, "wrong result"),
+    "dk: a tile of rows too few": (BACKWARD, "first_key + count - 1).high", "first_key).high", 0, "wrong result"),
+    "combine: sums before all largest are known": (COMBINE, "block_sync();", "", 0, "race|nothing wrote"),
+    "combine: sums of warps that are not there": (COMBINE, "block_sync();", "", 1, "race|nothing wrote"),
+    "append: scales before all keys were looked at": (APPEND, "block_sync();", "", 0, "race|nothing wrote"),
     "dk: not turned back": (
         BACKWARD,
         "head_dim, count, true, position_of,",
@@ -291,6 +300,13 @@ PLANTED = {
         "(c % 4 << 4)",
         0,
         "[1-9].* bank conflicts",
+    ),
+    "odd steps beside the even ones": (
+        "cuda/tile.cuh",
+        "(even ^ step % 2 << 5)",
+        "even + (step % 2 << 5)",
+        0,
+        "wrong|nothing wrote|conflicts|out of bounds",
     ),
     "a swizzle that is read otherwise than written": (
         "cuda/rows.cuh",
@@ -333,7 +349,8 @@ def told(emulator, monkeypatch):
         for seed in range(2):
             emulator.seed(seed)
             for query_tokens, key_tokens in ((150, 150), (3, 700)):
-                q, k, v = operands(heads=(2, 1), tokens=(query_tokens, key_tokens), seed=seed)
+                # Three heads: a step through the rows passes the last.
+                q, k, v = operands(heads=(3, 1), tokens=(query_tokens, key_tokens), seed=seed)
                 results = []
                 for backend in ("cuda", "reference"):
                     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -346,7 +363,7 @@ def told(emulator, monkeypatch):
             # Two heads: what follows a page of one is not its next page.
             cache = lk.KVCache(1, 2, 64, 200, torch.bfloat16, quantised, page_tokens)
             q, k, v = operands(heads=(4, 2), tokens=(1, 200))
-            cache.append(k, v, backend="cpu")
+            cache.append(k, v, backend="cuda")
             # Here one tile is below and the next above.
             direct = scaling.replace(start_tokens=128)
             if wrong(*(cache.attend(q, direct, backend=backend) for backend in ("cuda", "reference"))):
