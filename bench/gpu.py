@@ -11,6 +11,8 @@ events, caches flushed between. Without a GPU --dry-run takes the same steps in 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
@@ -32,6 +34,7 @@ from .workloads import OURS, Disagreement, Shape, Work, check, tolerance
 
 MATMUL, COPY = "matmul", "copy"
 CUDA = "ours, CUDA kernels"
+AMPERE = "ours, CUDA kernels of Ampere"
 DESCRIPTORS = "ours, tensor descriptors"
 
 
@@ -131,10 +134,25 @@ def forward(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
     if not device.is_gpu:
         makers["SDPA math"] = functools.partial(peers.sdpa, "MATH", query, key, value, cos, sin, True)
     makers[CUDA] = lambda: lambda: lk.attention(query, key, value, s, backend="cuda")
+    makers[AMPERE] = lambda: by_ampere(device, lambda: lk.attention(query, key, value, s, backend="cuda"))
     makers[DESCRIPTORS] = functools.partial(by_descriptors, query, key, value, s)
     makers["FlexAttention"] = functools.partial(peers.flex, query, key, value, cos, sin)
     makers["flash-attn-4"] = functools.partial(peers.flash_attention_4, query, key, value, cos, sin)
     yield "forward", with_peers(work, makers)
+
+
+def by_ampere(device: Device, call: Call) -> Call:
+    """The same by the kernels of Ampere, where Hopper's would run."""
+    from longrope_kernels.backends import cuda
+
+    if not device.is_gpu or not cuda.runs_hopper_kernels(torch.device(device.name)):
+        raise RuntimeError("no Hopper GPU, on which they would not run otherwise")
+
+    def run() -> Tensor:
+        with cuda.ampere_kernels():
+            return call()
+
+    return run
 
 
 def by_descriptors(query: Tensor, key: Tensor, value: Tensor, s: lk.RopeScaling) -> Call:
@@ -174,6 +192,7 @@ def backward(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
         for backend in backends
     }
     makers[CUDA] = lambda: gradients(lambda: lk.attention(*leaves, s, backend="cuda"))
+    makers[AMPERE] = lambda: by_ampere(device, gradients(lambda: lk.attention(*leaves, s, backend="cuda")))
     yield "backward", with_peers(work, makers)
 
 
@@ -217,6 +236,31 @@ def sdpa_decode(backend: str, query: Tensor, key: Tensor, value: Tensor, one: tu
             return torch.nn.functional.scaled_dot_product_attention(turned, key, value, enable_gqa=True)
 
     return run
+
+
+def append(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
+    """A prompt's keys and values into an empty cache in pages; a quantised one is compared by the values it holds."""
+    _, key, value = operands(device, shape, 1)
+    for name, quantised in (("append", False), ("append int8", "int8"), ("append fp8", "fp8")):
+
+        def filled(backend: str, quantised: str | bool = quantised) -> Call:
+            cache = lk.KVCache(
+                1, shape.key_heads, shape.head_dim, shape.tokens, shape.dtype, quantised, 256, device=device.name
+            )
+            cache.append(key, value, backend=backend)
+            pages, empty = cache.pages, torch.zeros(1, dtype=torch.int64, device=device.name)
+            pages = dataclasses.replace(pages, length=empty)
+
+            def run() -> Tensor:
+                lk.cache_append(key, value, pages, backend=backend)
+                return pages.value if pages.value_scale is None else pages.value_scale
+
+            return run
+
+        work = Work(shape, {OURS: filled("triton")})
+        stored = 1.03 if quantised else shape.dtype.itemsize
+        work.read_bytes = 2.0 * shape.key_heads * shape.tokens * shape.head_dim * (shape.dtype.itemsize + stored)
+        yield name, with_peers(work, {CUDA: functools.partial(filled, "cuda")})
 
 
 def rope(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
@@ -273,7 +317,7 @@ def works(device: Device) -> Iterator[tuple[str, Callable[[], Iterator[tuple[str
     """What is measured, the most telling first: the time may end before the list does."""
     if not device.is_gpu:
         small = Shape(4, 2, 32, 80, device.dtype)
-        for make in (forward, backward, decode, rope):
+        for make in (forward, backward, decode, rope, append):
             yield make.__name__, functools.partial(make, device, small)
         return
     for make, head_dim, tokens in (
@@ -286,6 +330,9 @@ def works(device: Device) -> Iterator[tuple[str, Callable[[], Iterator[tuple[str
         (backward, 64, 16384),
         (forward, 128, 65536),
         (decode, 128, 16384),
+        (forward, 256, 8192),
+        (backward, 256, 8192),
+        (append, 128, 16384),
         (backward, 128, 4096),
         (decode, 128, 524288),
     ):
@@ -350,12 +397,12 @@ def describe(device: Device) -> dict[str, object]:
     }
 
 
-def smoke(device: Device, backend: str) -> float:
+def smoke(device: Device, backend: str, head_dim: int) -> float:
     """Run every kernel of a backend once on a small shape; return the largest error against the reference."""
     tokens = 150 if device.is_gpu else 80
-    shape = Shape(4, 2, 64, tokens, device.dtype)
+    shape = Shape(4, 2, head_dim, tokens, device.dtype)
     leaves = [x.requires_grad_() for x in operands(device, shape, shape.tokens)]
-    s = scaling_of(64)
+    s = scaling_of(head_dim)
     worst = 0.0
     for queries in (1, 3, tokens):
         first, *others = leaves
@@ -364,8 +411,8 @@ def smoke(device: Device, backend: str) -> float:
         exact = lk.attention(*(x.double() for x in arguments), s, backend="reference")
         worst = max(worst, float((out - exact).abs().max().detach()))
         torch.autograd.grad(out.float().square().sum(), leaves)
-    for quantised in ("int8", "fp8"):
-        cache = lk.KVCache(1, 2, 64, 256, shape.dtype, quantised, 64, device=device.name)
+    for quantised in (False, "int8", "fp8"):
+        cache = lk.KVCache(1, 2, head_dim, 256, shape.dtype, quantised, 64, device=device.name)
         cache.append(leaves[1].detach(), leaves[2].detach(), backend=backend)
         for queries in (1, 40):
             query = leaves[0].detach()[:, :, -queries:]
@@ -388,14 +435,21 @@ def smoke_all(device: Device) -> int:
 
         cuda.emulate(emulator(), hopper=True)
     failed = 0
-    for backend in ("triton", "cuda"):
+    nothing = contextlib.nullcontext
+    # At head_dim 256 the CUDA backend has kernels of its own, and on Hopper two of everything.
+    for name, backend, head_dims, kernels in (
+        ("triton", "triton", (64,), nothing),
+        ("cuda", "cuda", (64, 128, 256), nothing),
+        ("cuda, kernels of Ampere", "cuda", (64, 128, 256), cuda.ampere_kernels),
+    ):
         why = unavailable_reason(backend)
         if why is not None:
-            print(f"{backend}: not run, {why}")
+            print(f"{name}: not run, {why}")
             continue
-        worst = smoke(device, backend)
+        with kernels():
+            worst = max(smoke(device, backend, x) for x in head_dims)
         failed += not worst < 0.05
-        print(f"{backend}: largest error {worst:.2g}")
+        print(f"{name}: largest error {worst:.2g}")
     return int(failed > 0)
 
 

@@ -39,11 +39,13 @@ def test_a_dry_run_takes_every_step(tmp_path):
     smoke = (tmp_path / "memcheck.log").read_text()
     assert "triton: largest error" in smoke
     assert "cuda: largest error" in smoke
+    assert "cuda, kernels of Ampere: largest error" in smoke
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert content["complete"]
     assert content["dry_run"]
     decode = {"decode", "decode int8", "decode fp8"}
-    assert {row["section"] for row in content["rows"]} == {"forward", "backward", *decode, "rope"}
+    append = {x.replace("decode", "append") for x in decode}
+    assert {row["section"] for row in content["rows"]} == {"forward", "backward", *decode, "rope", *append}
     for row in content["rows"]:
         assert "refused" not in row
         assert row["seconds"]["ours"] > 0
@@ -55,6 +57,7 @@ def test_a_dry_run_takes_every_step(tmp_path):
         "FlexAttention",
         "flash-attn-4",
         "ours, CUDA kernels",
+        "ours, CUDA kernels of Ampere",
         "ours, tensor descriptors",
     } <= peers
 

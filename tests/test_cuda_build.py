@@ -160,13 +160,67 @@ def test_the_hopper_backward_is_made_of_its_own_instructions():
         assert columns_of(code) == wanted
 
 
+def instructions_of(code):
+    """Return a kernel's instructions with their addresses."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);", code)
+    return [(int(address, 16), text) for address, text in found]
+
+
+def way_through_the_loop(code):
+    """Return how many instructions the loop of most products takes where nothing is masked or capped.
+
+    That is the shortest way from its first to its last which leaves out no product and no copy.
+    """
+    instructions = instructions_of(code)
+    place = {address: i for i, (address, _) in enumerate(instructions)}
+    needed = [bool(re.search(r"\b(HMMA|LDGSTS)\b", text)) for _, text in instructions]
+    jumps = {}
+    for i, (_, text) in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if target:
+            jumps[i] = place[int(target[1], 16)]
+    loops = [(sum(needed[to : i + 1]), to - i, to, i) for i, to in jumps.items() if to < i]
+    _, _, first, last = max(loops)
+    ways = {last: (0, 1)}  # from an instruction to the last: what is needed, as a negative number, and how many
+    for i in range(last - 1, first - 1, -1):
+        text = instructions[i][1]
+        following = [jumps[i]] if i in jumps else []
+        if not re.match(r"(EXIT|RET|BRA(\.U)? [^!UP])", text):
+            following.append(i + 1)
+        reached = [ways[j] for j in following if j > i and j in ways]
+        if reached:
+            count, length = min(reached)
+            ways[i] = (count - needed[i], length + 1)
+    return ways[first][1]
+
+
+# Instructions of a warp for a tile, by the kernel's name: docs/cuda.md has what the tile is and what bounds it.
+LOOP_CEILINGS = {
+    (FORWARD, "attention_forward_kernelINS_12BFloat16BitsELi64ELi64E"): 640,
+    (FORWARD, "attention_forward_kernelINS_12BFloat16BitsELi128ELi32E"): 490,
+    (FORWARD, "attention_forward_kernelINS_12BFloat16BitsELi256ELi64E"): 720,
+    (BACKWARD, "query_gradient_kernelINS_12BFloat16BitsELi128ELi64E"): 820,
+    (BACKWARD, "key_gradient_kernelINS_12BFloat16BitsELi128E"): 550,
+}
+
+
+@needs_nvcc
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("source", [FORWARD, pytest.param(BACKWARD, marks=pytest.mark.slow)])
+def test_a_tile_costs_few_instructions(source):
+    functions = {x.split(maxsplit=1)[0]: x for x in sass(compiled(source, "sm_80")[0]).split("Function : ")[1:]}
+    for (of, name), ceiling in LOOP_CEILINGS.items():
+        if of == source:
+            (code,) = (x for mangled, x in functions.items() if name in mangled)
+            assert way_through_the_loop(code) <= ceiling, name
+
+
 def straight_runs(code):
     """Return the instructions of a kernel, run by run: a run is entered at its first and left at its last."""
-    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);", code)
     targets = {int(x, 16) for x in re.findall(r"\bBRA\b[^;]*?0x([0-9a-f]+)", code)}
     runs = [[]]
-    for address, text in instructions:
-        if int(address, 16) in targets:
+    for address, text in instructions_of(code):
+        if address in targets:
             runs.append([])
         runs[-1].append(text)
         if re.search(r"\b(BRA|EXIT|CALL|RET|BSYNC)\b", text):

@@ -34,6 +34,18 @@ def emulated():
     cuda.emulate(before)
 
 
+@pytest.fixture(params=["", "ampere"], ids=["its own", "of Ampere"])
+def kernels(request):
+    """The kernels of the GPU, and where Hopper has its own, those of Ampere."""
+    if not request.param:
+        yield
+        return
+    if not cuda.runs_hopper_kernels(torch.device(DEVICE)):
+        pytest.skip("this GPU has no others")
+    with cuda.ampere_kernels():
+        yield
+
+
 def on_device(function):
     """The function of the CUDA backend, its tensors taken to the GPU and its results brought back."""
 
@@ -49,6 +61,7 @@ def on_device(function):
     return run
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("head_dims", [[64, 96, 128], [192, 256]])
 def test_conforms(head_dims):
     testing.conformance(
@@ -73,7 +86,8 @@ def test_a_cache_is_read_and_filled_as_the_definition_says(dtype, quantised):
         testing.check_cache(problem, "cuda", DEVICE)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_long_sequences_keep_to_the_error_of_the_plain_computation(head_dim):
     torch.manual_seed(0)
     tokens = 200 if DRY else 4096
@@ -87,6 +101,7 @@ def test_long_sequences_keep_to_the_error_of_the_plain_computation(head_dim):
     assert all(torch.equal(attention(q, k, v, scaling), out) for _ in range(2 if DRY else 20))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_gradients_of_long_sequences_are_those_of_the_reference_and_the_same_in_every_run(head_dim):
     torch.manual_seed(0)

@@ -42,14 +42,17 @@ LONGROPE_DEVICE float inverse_of(float scale) {
     return scale > 0.0f && inverse < INFINITY ? inverse : 0.0f;
 }
 
-// To nearest even; what is not a number becomes 0.
+// Two values as the low bytes of a word, to nearest even; what is not a number becomes 0.
 template <class Q>
-LONGROPE_DEVICE Q quantise(float x, float inverse) {
-    const float scaled = x * inverse == x * inverse ? x * inverse : 0.0f;
-    if constexpr (std::is_same_v<Q, Fp8>)
-        return Fp8{static_cast<uint8_t>(narrow_fp8(scaled, 0.0f))};
-    else
-        return static_cast<int8_t>(fminf(fmaxf(rintf(scaled), -127.0f), 127.0f));
+LONGROPE_DEVICE uint32_t quantise_two(float low, float high, float inverse_low, float inverse_high) {
+    low *= inverse_low;
+    high *= inverse_high;
+    low = low == low ? low : 0.0f;
+    high = high == high ? high : 0.0f;
+    if constexpr (std::is_same_v<Q, Fp8>) return narrow_fp8(low, high);
+    // An integer added to 1.5 2^23 is what its last bits say; a conversion has a quarter of the rate.
+    const auto byte = [](float x) { return as_bits(fminf(fmaxf(x, -127.0f), 127.0f) + 12582912.0f) & 0xffu; };
+    return byte(low) | byte(high) << 8;
 }
 
 template <class T>
@@ -85,19 +88,11 @@ struct Part {
 // 8 channels of a token, quantised, to their row.
 template <class Q>
 LONGROPE_DEVICE void store_quantised(Q* row, int chunk, const Float8& x, const Float8& inverse) {
-    Vec8 bytes;
+    Vec8 bytes{};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        uint8_t byte[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const Q q = quantise<Q>(x.at[4 * i + k], inverse.at[4 * i + k]);
-            if constexpr (std::is_same_v<Q, Fp8>)
-                byte[k] = q.bits;
-            else
-                byte[k] = static_cast<uint8_t>(q);
-        }
-        bytes.word[i] = byte[0] | byte[1] << 8 | byte[2] << 16 | uint32_t{byte[3]} << 24;
+    for (int i = 0; i < 8; i += 2) {
+        const uint32_t both = quantise_two<Q>(x.at[i], x.at[i + 1], inverse.at[i], inverse.at[i + 1]);
+        bytes.word[i / 4] |= both << 8 * (i % 4);
     }
     store_global(reinterpret_cast<Vec8*>(row + 8 * chunk), bytes);
 }
@@ -164,15 +159,19 @@ quantise_groups_kernel(const AppendLaunch launch) {
 #pragma unroll
         for (int d = 0; d < 8; ++d) measured[d].add(x.at[d]);
     }
-    // What each part of the tokens has at most, [kStep][kWidth][8].
-    const auto place = [&](int part) {
-        return static_cast<SharedAddress>((part * kWidth + me.chunk) * 8 * sizeof(float));
-    };
-    constexpr SharedAddress kPoison = kThreads * 8 * sizeof(float);
+    // What each part of the tokens has at most, and its poison, [kStep][kWidth][8] each.
+    const auto place = [&](int part) { return static_cast<SharedAddress>((part * kWidth + me.chunk) * 8 * 4); };
+    constexpr SharedAddress kPoison = kThreads * 8 * 4;
 #pragma unroll
-    for (int d = 0; d < 8; ++d) {
-        store_shared(place(me.first) + 4 * d, measured[d].largest);
-        store_shared(kPoison + place(me.first) + 4 * d, measured[d].poison);
+    for (int d = 0; d < 8; d += 4) {
+        Float4 largest, poison;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            largest.at[i] = measured[d + i].largest;
+            poison.at[i] = measured[d + i].poison;
+        }
+        store_shared(place(me.first) + 4 * d, largest);
+        store_shared(kPoison + place(me.first) + 4 * d, poison);
     }
     block_sync();
     if (!in) return;
@@ -180,16 +179,24 @@ quantise_groups_kernel(const AppendLaunch launch) {
     float* scales = const_cast<float*>(key_scale(p, group, head)) + 8 * me.chunk;
     Float8 inverses;
 #pragma unroll
-    for (int d = 0; d < 8; ++d) {
-        Scale<Q> all;
+    for (int d = 0; d < 8; d += 4) {
+        Scale<Q> all[4];
 #pragma unroll
         for (int part = 0; part < P::kStep; ++part) {
-            all.largest = fmaxf(all.largest, load_shared<float>(place(part) + 4 * d));
-            all.poison += load_shared<float>(kPoison + place(part) + 4 * d);
+            const Float4 largest = load_shared<Float4>(place(part) + 4 * d);
+            const Float4 poison = load_shared<Float4>(kPoison + place(part) + 4 * d);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                all[i].largest = fmaxf(all[i].largest, largest.at[i]);
+                all[i].poison += poison.at[i];
+            }
         }
-        const float scale = all.value();
-        inverses.at[d] = inverse_of(scale);
-        if (me.first == 0) store_global(scales + d, scale);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float scale = all[i].value();
+            inverses.at[d + i] = inverse_of(scale);
+            if (me.first == 0) store_global(scales + d + i, scale);
+        }
     }
 #pragma unroll
     for (int i = 0; i < P::kTokens; ++i)

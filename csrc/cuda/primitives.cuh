@@ -28,7 +28,7 @@
 //   subtract<T>                  of two T in a word each, to nearest even
 //   permute                      four of the bytes of two words, of which the first has bytes 0 to 3 and the second 4
 //                                to 7: byte i of the result is byte selector >> 4 i & 7
-//   as_float                     of these bits
+//   as_float as_bits             of these bits; the bits of a float
 //   widen narrow                 between fp32 and T, to nearest even
 //   widen_fp8 narrow_fp8         the two fp8 of a low half as two Half, exact; two fp32 as two fp8, to nearest even, at
 //                                most 448 in magnitude; NaN stays NaN

@@ -193,6 +193,9 @@ LONGROPE_DEVICE uint32_t permute(uint32_t first, uint32_t second, uint32_t selec
 LONGROPE_DEVICE float as_float(uint32_t bits) {
     return __uint_as_float(bits);
 }
+LONGROPE_DEVICE uint32_t as_bits(float x) {
+    return __float_as_uint(x);
+}
 
 template <class T>
 LONGROPE_DEVICE float widen(T x);

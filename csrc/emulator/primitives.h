@@ -255,6 +255,9 @@ inline uint32_t permute(uint32_t first, uint32_t second, uint32_t selector) {
 inline float as_float(uint32_t bits) {
     return emulator::float_of(bits);
 }
+inline uint32_t as_bits(float x) {
+    return emulator::bits_of(x);
+}
 
 inline uint32_t widen_fp8(uint32_t both) {
     const Float2 parts = emulator::unpack<Half>(fp8_as_halves(both));

@@ -7,8 +7,9 @@ CPU tensors where this backend is forced, and every access they make is checked.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,7 @@ DECODE_ROWS = 16  # query heads of a key head times tokens, up to which a sequen
 _Scratch = tuple[Tensor, tuple[int, int, int, int]]  # and how the native module addresses it
 _native: ModuleType | None = None
 _emulated_hopper = False
+_ampere_alone = False
 _import_error = ""
 try:
     _native = importlib.import_module("longrope_kernels._cuda")
@@ -40,8 +42,21 @@ def emulate(module: ModuleType | None, hopper: bool = False) -> ModuleType | Non
     return before
 
 
+@contextlib.contextmanager
+def ampere_kernels() -> Iterator[None]:
+    """Leave Hopper's own kernels aside, to test and to time those of Ampere on a Hopper GPU."""
+    global _ampere_alone
+    before, _ampere_alone = _ampere_alone, True
+    try:
+        yield
+    finally:
+        _ampere_alone = before
+
+
 def runs_hopper_kernels(device: torch.device) -> bool:
     """Return whether kernels of sm_90a run on a device: on capability 9.0, and nowhere else."""
+    if _ampere_alone:
+        return False
     return _emulated_hopper if _emulated() else torch.cuda.get_device_capability(device) == (9, 0)
 
 

@@ -15,8 +15,6 @@
 // Operations: 14 head_dim per visible score on the tensor cores. Bytes: each block reads its 64 rows or keys once and
 // the other side from L2. Bound by the tensor cores; copies are not overlapped with products within a block, two blocks
 // to a multiprocessor overlap them.
-#include <cstring>
-
 #include "gradients.cuh"
 #include "tile_copies.cuh"
 
@@ -55,12 +53,6 @@ struct RowInfo {
     int low, high;
     float lse, delta;
 };
-
-LONGROPE_DEVICE uint32_t as_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
 
 LONGROPE_DEVICE RowInfo load_row_info(SharedAddress base, int row) {
     const Vec16 v = load_shared<Vec16>(base + 16 * row);
