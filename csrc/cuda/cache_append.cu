@@ -23,6 +23,14 @@ struct AppendLaunch {
     int64_t tokens;
 };
 
+// Tokens that a sequence takes: no more than there are and than it has room for, whatever the device was told.
+LONGROPE_DEVICE int64_t count_of(const AppendLaunch& launch, int64_t b, int64_t length) {
+    const Pages& pages = launch.params.pages;
+    const int64_t count = load_global(launch.params.count + b), room = pages.pages_per_sequence * pages.page_tokens;
+    const int64_t most = launch.tokens < room - length ? launch.tokens : room - length;
+    return count < most ? count : most;
+}
+
 // The scale that maps the largest magnitude to that of the format; NaN where a value is not finite, so that reading
 // shows it.
 template <class Q>
@@ -63,8 +71,10 @@ append_plain_kernel(const AppendLaunch launch) {
     const int chunk = static_cast<int>(at % chunks);
     const int64_t t = at / chunks % launch.tokens, head = at / chunks / launch.tokens % p.key_heads;
     const int64_t b = at / chunks / launch.tokens / p.key_heads;
-    if (b >= p.batch || t >= load_global(p.count + b)) return;
-    const Slot to = slot_of(p.pages, b, load_global(p.length + b) + t);
+    if (b >= p.batch) return;
+    const int64_t length = load_global(p.length + b);
+    if (t >= count_of(launch, b, length)) return;
+    const Slot to = slot_of(p.pages, b, length + t);
     const auto move = [&](const Operand& from, const Operand& pages) {
         GlobalRow<T>{row_of<T>(pages, to.outer, head, to.token)}.store16(
             chunk, load_global(reinterpret_cast<const Vec16*>(row_of<T>(from, b, head, t) + chunk * 8)));
@@ -104,7 +114,7 @@ quantise_values_kernel(const AppendLaunch launch) {
     const int64_t blocks = (launch.tokens + kKeyGroup - 1) / kKeyGroup;  // of a head
     const int64_t head = block_index() / blocks % p.key_heads, b = block_index() / blocks / p.key_heads;
     const int64_t begin = block_index() % blocks * kKeyGroup, length = load_global(p.length + b);
-    const int64_t left = load_global(p.count + b) - begin;
+    const int64_t left = count_of(launch, b, length) - begin;
     const Part<kWidth> me;
     const bool in = me.in(static_cast<int>(p.head_dim));
     // Whole warps leave, or none of their lanes.
@@ -136,7 +146,7 @@ quantise_groups_kernel(const AppendLaunch launch) {
     const AppendParams& p = launch.params;
     const int64_t most = launch.tokens / kKeyGroup + 1;  // groups that an append can complete
     const int64_t head = block_index() / most % p.key_heads, b = block_index() / most / p.key_heads;
-    const int64_t length = load_global(p.length + b), end = length + load_global(p.count + b);
+    const int64_t length = load_global(p.length + b), end = length + count_of(launch, b, length);
     const int64_t first = (length / kKeyGroup + block_index() % most) * kKeyGroup;
     if (first + kKeyGroup > end) return;
     using P = Part<kWidth>;
@@ -210,7 +220,7 @@ LONGROPE_KERNEL(kThreads)
 append_tail_kernel(const AppendLaunch launch) {
     const AppendParams& p = launch.params;
     const int64_t head = block_index() % p.key_heads, b = block_index() / p.key_heads;
-    const int64_t length = load_global(p.length + b), count = load_global(p.count + b);
+    const int64_t length = load_global(p.length + b), count = count_of(launch, b, length);
     const int64_t first = count > kKeyGroup ? count - kKeyGroup : 0;
     const int chunks = static_cast<int>(p.head_dim) / 8;
     for (int i = thread_index(); i < (count - first) * chunks; i += kThreads) {

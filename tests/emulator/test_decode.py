@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import longrope_kernels as lk
 from longrope_kernels import testing
+from longrope_kernels.backends import cuda
 from longrope_kernels.bundles import KEY_GROUP
 
 from .test_kernels import DTYPES, EXAMPLES, operands
@@ -47,6 +48,23 @@ def test_appending_leaves_the_bits_that_the_cpu_leaves(emulated, dtype, kind, cu
     for name in ("key", "value", "key_scale", "value_scale", "key_tail", "length"):
         ours, theirs = (getattr(cache.pages, name) for cache in caches)
         assert ours is None or testing.same_bits(ours, theirs), name
+
+
+@pytest.mark.parametrize("quantised", [False, "int8", "fp8"])
+@pytest.mark.parametrize(("held", "told", "taken"), [(10, 100, 70), (100, 50, 28)], ids=["tokens", "room"])
+def test_an_append_ends_with_its_tokens_and_its_room(emulated, quantised, held, told, taken):
+    """Straight to the backend: on a GPU the host sees no counts to check."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 1, 2, 170, 64, generator=generator).half()
+    caches = [lk.KVCache(1, 2, 64, 128, torch.float16, quantised, 64) for _ in range(2)]
+    for cache, count in zip(caches, (told, taken), strict=True):
+        cache.append(key[:, :, :held], value[:, :, :held], backend="cuda")
+        behind = [x[:, :, held : held + 70] for x in (key, value)]
+        pages = dataclasses.replace(cache.pages, block_table=torch.tensor([[0, 1]], dtype=torch.int32))
+        cuda.cache_append(*behind, pages, torch.tensor([count]))
+    for name in ("key", "value", "key_scale", "value_scale", "key_tail"):
+        ours, exact = (getattr(cache.pages, name) for cache in caches)
+        assert ours is None or testing.same_bits(ours, exact), name
 
 
 @pytest.mark.parametrize("quantised", ["int8", "fp8"])
