@@ -354,7 +354,8 @@ def told(emulator, monkeypatch):
                 results = []
                 for backend in ("cuda", "reference"):
                     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-                    out = lk.attention(*leaves, scaling, backend=backend)
+                    # With a window a key is not seen by all that come after it.
+                    out = lk.attention(*leaves, scaling, window=(None, 70)[seed], backend=backend)
                     results.append((out, *torch.autograd.grad((out.float() ** 2).sum(), leaves)))
                 for actual, exact in zip(*results, strict=True):
                     if wrong(actual, exact):
