@@ -109,9 +109,10 @@ double read_rate(int threads, int64_t bytes, const Read& read) {
 #define FMA_OF(n, line) "vfmadd231ps %%zmm" #line ", %%zmm31, %%zmm" #n "\n"
 #define FMA_OF_LINES                                                                                                \
     FMA_OF(0, 20)                                                                                                   \
-    FMA_OF(1, 21) FMA_OF(2, 22) FMA_OF(3, 23) FMA_OF(4, 24) FMA_OF(5, 25) FMA_OF(6, 26) FMA_OF(7, 27) FMA_OF(8, 20) \
-        FMA_OF(9, 21) FMA_OF(10, 22) FMA_OF(11, 23) FMA_OF(12, 24) FMA_OF(13, 25) FMA_OF(14, 26) FMA_OF(15, 27)     \
-            FMA_OF(16, 20) FMA_OF(17, 21) FMA_OF(18, 22) FMA_OF(19, 23)
+    FMA_OF(1, 21)                                                                                                   \
+    FMA_OF(2, 22) FMA_OF(3, 23) FMA_OF(4, 24) FMA_OF(5, 25) FMA_OF(6, 26) FMA_OF(7, 27) FMA_OF(8, 20) FMA_OF(9, 21) \
+        FMA_OF(10, 22) FMA_OF(11, 23) FMA_OF(12, 24) FMA_OF(13, 25) FMA_OF(14, 26) FMA_OF(15, 27) FMA_OF(16, 20)    \
+            FMA_OF(17, 21) FMA_OF(18, 22) FMA_OF(19, 23)
 #define CLOBBER_LINES "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27"
 
 // Four lines of the first half, four of the second, 20 `groups` multiply-adds of what they hold; and so on.
