@@ -11,6 +11,8 @@
 //                    the head's query heads, 64 or 128 at a time: S^T = k q^T and dP^T = v dO^T from shared memory,
 //                    dv += P^T dO and dk += dS^T q with P^T and dS^T from registers
 //
+// They are in query_gradient.cuh and key_gradient.cuh; what head_dim above 128 takes is in attention_backward_wide.cu.
+//
 // S and dP are computed twice. One pass would save two products in seven, but then the parts of dq that blocks of keys
 // have must meet in memory: 64 KB of fp32 to add, read and write, for every 128 x 128 scores, in an order that has to
 // be waited for to be the same in every run. With two passes every sum has one order by itself, and no memory besides.

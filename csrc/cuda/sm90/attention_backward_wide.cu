@@ -1,22 +1,31 @@
 // Gradients of attention for Hopper at head_dim above 128, up to 256; the same bits in every run.
 //
 // dq is the kernel of the narrower ones (query_gradient.cuh), 64 keys at a time. For dk and dv it cannot be theirs:
-// 64 x 256 sums of each are all 256 registers of a warpgroup's threads. So two warpgroups share 64 keys, as two warps
+// 64 x 256 sums of each take all 256 registers of a warpgroup's threads. So two warpgroups share 64 keys, as two warps
 // share 16 in sm80/attention_backward_wide.cu, and walk 64 queries at a time:
 //
-//     group 0, the scorer   S^T = k q^T   | P = 2^(S - lse), W = P slope |  dv += P^T dO
-//     group 1, the sloper        dP^T = v dO^T   |  takes W    dS = W (dP - delta)  |  dk += dS^T q
+//     group 0, the scorer | S^T = k q^T |     P = 2^(S - lse)   W = P slope     | dv += P^T dO |
+//     group 1, the sloper               | dP^T = v dO^T |      dS = W (dP - delta)             | dk += dS^T q |
 //
-// W, in fp32, goes through shared memory, 16 bytes a lane and 8 columns; "slope" is what the softcap leaves of the
-// score's. While one group works on its scores, the tensor cores have a product of the other. A thread has 128 sums,
-// 32 scores and, for the whole block, the first columns of its keys or values, as left operands: a product of 64
-// columns with both operands in shared memory reads it as long as it takes, one with the left in registers half.
+// `slope` is what the softcap leaves of the score's. W goes through shared memory in fp32, 16 bytes a lane for 8
+// columns. The four products of a tile are issued in this order, which turns at named barriers keep; they also say that
+// W is there, or has been taken. A group waits for its own products: what it does with its scores takes less time than
+// the product of the other group that runs meanwhile. So a stage of queries and grad_out is read for one tile's time,
+// and the next is copied in the same.
 //
-// For 64 keys and 64 queries, in cycles of a multiprocessor as in attention_backward.cu:
+// A thread has 128 sums and 32 scores. The first columns of its keys or values stay in registers besides, as many as
+// there are: with both operands in shared memory a product of 64 columns reads as long as it takes, with one half of
+// that.
 //
-//                   tensor cores   shared memory: wgmma, W, copies   exp2   from L2
-//   dq (128 rows)          3,072                 2,560 +  0  + 512    512   64 KB, 21 bytes a cycle
-//   dk, dv                 2,048                 1,152 + 256 + 512    256   64 KB, 32 bytes a cycle
+// In cycles of a multiprocessor as in attention_backward.cu:
+//
+//                               tensor cores   shared memory: wgmma, W, copies   exp2, 16 a cycle   from L2
+//   dq, 128 rows, 64 keys              3,072            2,560 +   0 + 512                     512   64 KB, 21 a cycle
+//   dk and dv, 64 keys, 64 rows        2,048            1,408 + 256 + 512                     256   64 KB, 30 a cycle
+//
+// Shared memory is as busy as the tensor cores; dk and dv may as well wait for L2. For 128 x 128 that is 14,848 cycles,
+// in which sm80/attention_backward_wide.cu, whose operands are read once for 16 rows and not for 64, keeps shared
+// memory busy for 39,360.
 #include "key_gradient.cuh"
 #include "query_gradient.cuh"
 
@@ -28,7 +37,7 @@ constexpr int kHeadDim = 256;
 struct WideKeyShape {
     static constexpr int kKeyTiles = 1, kRows = 64, kStages = 2;
     static constexpr int kSteps = kHeadDim / 16, kRowSteps = kRows / 16;
-    static constexpr int kHeldSteps = 6;  // of the left operand, in registers
+    static constexpr int kHeldSteps = 4;  // of the left operand, in registers: with more ptxas spills
     using KeyTile = WideTile<kGroupRows, kHeadDim>;
     using RowTile = WideTile<kRows, kHeadDim>;
     using Keys = Ring<TilePair<KeyTile>, 1>;        // keys and values
@@ -97,8 +106,8 @@ LONGROPE_DEVICE void consume_queries_by_role(const GradientLaunch& launch, int g
     const auto rows = S::rows();
     const auto keys = S::keys(0);
     QueryWalk walk = S::walk();
-    if (!scorer) give_turn(group);  // the scorer's: nobody is to take weights
-    int count = 0, blocks = 0;      // of tiles and of blocks of keys so far
+    if (!scorer) give_turn(group);
+    int count = 0, blocks = 0;  // of tiles and of blocks of keys so far
 
     each_tile(launch.schedule, [&](int32_t tile) {
         {
@@ -120,6 +129,7 @@ LONGROPE_DEVICE void consume_queries_by_role(const GradientLaunch& launch, int g
             {
                 const auto a = typename S::KeyTile{anew(own.base)}.by_columns();
                 const auto b = rows.tile(count).of(scorer).by_columns();
+                wait_for_turn(group);
                 group_fence();
 #pragma unroll
                 for (int step = 0; step < S::kHeldSteps; ++step)
@@ -129,26 +139,28 @@ LONGROPE_DEVICE void consume_queries_by_role(const GradientLaunch& launch, int g
                     group_multiply_add<T>(x, advance(a, S::KeyTile::columns_at(step)),
                                           advance(b, S::RowTile::columns_at(step)), step > 0);
                 group_commit();
+                give_turn(group);
                 group_wait<0>(x, held);
             }
-            wait_for_turn(group);  // the weights before have been taken, or these are there
+            if (!scorer) wait_for_turn(group);  // the weights are there
             if (!scorer)
                 slope_tiles(x, p.scale, count);
             else if (launch.scale.capped())
                 score_tiles<true>(x, launch.scale, count);
             else
                 score_tiles<false>(x, launch.scale, count);
-            give_turn(group);
             walk.seeing.mask(walk.first, x);
             pack_left<T>(packed, x);
             walk.move(S::kRows);
 
             const MatrixDescriptor b = rows.tile(count).of(!scorer).by_rows();
+            if (scorer) wait_for_turn(group);
             group_fence();
 #pragma unroll
             for (int j = 0; j < S::kRowSteps; ++j)
                 group_multiply_add<T, true>(out, packed[j], advance(b, S::RowTile::rows_at(j)), true);
             group_commit();
+            give_turn(group);
             group_wait<0>(out, packed);
             rows.release(count);
         }

@@ -30,19 +30,20 @@ struct QueryWork {
 
 template <int kHeadDim>
 struct QueryShape {
-    // Above 128 dims registers are left for the scores of 64 keys, and shared memory for three tiles of keys or values.
+    // Above 128 dims registers are left for the scores of 64 keys, and shared memory for two tiles of keys and one of
+    // values.
     static constexpr bool kWide = kHeadDim > 128;
     static constexpr int kKeys = kWide ? 64 : 128;
     static constexpr int kSteps = kHeadDim / 16, kKeySteps = kKeys / 16, kColumns = (kHeadDim + 63) / 64 * 64;
     using RowTile = WideTile<kGroupRows, kColumns>;
     using KeyTile = WideTile<kKeys, kColumns>;
     using ValueSlab = WideTile<kKeys, 64>;
-    static constexpr int kSlabs = KeyTile::kSlabs;
+    static constexpr int kSlabs = KeyTile::kSlabs, kValueSlabs = kWide ? kSlabs : 2 * kSlabs;
     using Rows = Ring<TilePair<RowTile>, 1, kGroupWarps>;  // of a group: queries and grad_out
     using Keys = Ring<KeyTile, 2>;
-    // Values go slab by slab: one is free as soon as the product with it is done, which is all the lead that the next
-    // tile's has where there is room for one.
-    using Values = Ring<ValueSlab, kSlabs*(kWide ? 1 : 2)>;
+    // Values come slab by slab: one is free when the product with it is done, before that with the tile is. Where there
+    // is room for one tile, the next one's lead is no more than that.
+    using Values = Ring<ValueSlab, kValueSlabs>;
     static constexpr int kKeysAt = kGroups * Rows::kTileBytes, kValuesAt = kKeysAt + Keys::kTileBytes;
     // Of a row: the keys that it sees, {lse in units of log 2, delta times the scale}.
     static constexpr int kSeenAt = kValuesAt + Values::kTileBytes, kKnownAt = kSeenAt + kRows * 8;
