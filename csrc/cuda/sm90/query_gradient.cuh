@@ -200,7 +200,6 @@ LONGROPE_DEVICE void consume_keys(const GradientLaunch& launch, int group) {
                 float scores[kKeys / 8][4], slopes[kKeys / 8][4];
                 keys.wait_full(count);
                 wait_for_turn(group);
-                group_fence();
                 multiply_values(slopes, count);
                 multiply_keys(scores, count);
                 give_turn(group);
