@@ -189,8 +189,8 @@ PLANTED = {
         "no thread can go on|in flight|one arrival",
     ),
     "dq: no warp barrier after what is known of the rows": (
-        "known);\n            }\n            warp_sync();",
-        "known);\n            }\n",
+        ", known);\n            }\n            warp_sync();",
+        ", known);\n            }\n",
         0,
         "race|nothing wrote",
     ),
@@ -231,8 +231,8 @@ PLANTED = {
         "race|nothing wrote",
     ),
     "dk: no warp barrier after the queries that see a key": (
-        ": Interval{});\n        }\n        warp_sync();",
-        ": Interval{});\n        }\n",
+        "(end)}});\n        }\n        warp_sync();",
+        "(end)}});\n        }\n",
         0,
         "race|nothing wrote",
     ),
@@ -263,7 +263,7 @@ PLANTED = {
     ),
     "dk: rows of another tile": ("S::known(at, 8 * j", "S::known(at + 1, 8 * j", 0, "race|nothing wrote|wrong result"),
     "dk: the next head's tiles do not begin anew": (
-        "if (first >= static_cast<int>(both.word[1]))",
+        "if (first >= static_cast<int>(range.word[1]))",
         "if (first < 0)",
         0,
         "wrong result",

@@ -45,9 +45,8 @@ struct WideKeyShape {
     static constexpr int kRowsAt = Keys::kTileBytes, kExchangeAt = kRowsAt + Rows::kTileBytes;
     // A stage's {lse in units of log 2, delta times the scale}, by row.
     static constexpr int kKnownAt = kExchangeAt + kRows / 8 * kGroupThreads * 16;
-    static constexpr int kSeeingAt = kKnownAt + kStages * kRows * 8;
-    static constexpr int kWalkAt = kSeeingAt + kGroups * kGroupRows * 8;
-    static constexpr int kBarriersAt = kWalkAt + kGroups * kGroupThreads * 8;
+    static constexpr int kNotesAt = kKnownAt + kStages * kRows * 8;
+    static constexpr int kBarriersAt = kNotesAt + kGroups * kGroupRows * RowNotes::kBytes;
     static constexpr int kRowBarriersAt = kBarriersAt + Keys::kBarrierBytes;
     static constexpr int kSharedBytes = kRowBarriersAt + Rows::kBarrierBytes;
     static_assert(kSharedBytes <= 227 << 10, "the tiles do not fit a multiprocessor");
@@ -56,10 +55,6 @@ struct WideKeyShape {
     LONGROPE_DEVICE static Rows rows() { return {kRowsAt, kRowBarriersAt}; }
     LONGROPE_DEVICE static SharedAddress known(int count, int row) {
         return kKnownAt + (Rows::stage(count) * kRows + row) * 8;
-    }
-    LONGROPE_DEVICE static QueryWalk walk() {
-        return {{static_cast<SharedAddress>(kSeeingAt + 8 * 16 * (warp_index() - kGroupWarps))},
-                static_cast<SharedAddress>(kWalkAt + 8 * (thread_index() - kGroupThreads))};
     }
     // Where a lane of the scorer leaves the weights of tile j of 8 columns, for the same lane of the sloper.
     LONGROPE_DEVICE static SharedAddress weights(int j) {
@@ -105,7 +100,7 @@ LONGROPE_DEVICE void consume_queries_by_role(const GradientLaunch& launch, int g
     const bool scorer = group == 0;
     const auto rows = S::rows();
     const auto keys = S::keys(0);
-    QueryWalk walk = S::walk();
+    QueryWalk walk = QueryWalk::at(S::kNotesAt);
     if (!scorer) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of keys so far
 
@@ -149,7 +144,7 @@ LONGROPE_DEVICE void consume_queries_by_role(const GradientLaunch& launch, int g
                 score_tiles<true>(x, launch.scale, count);
             else
                 score_tiles<false>(x, launch.scale, count);
-            walk.seeing.mask(walk.first, x);
+            walk.notes.mask(walk.first, x);
             pack_left<T>(packed, x);
             walk.move(S::kRows);
 

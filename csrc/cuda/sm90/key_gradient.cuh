@@ -33,11 +33,14 @@ struct KeyWork {
 
 // A consumer's walk over the queries that see a block of keys, of all heads that share the key head, a tile at a time.
 struct QueryWalk {
-    SeenColumns seeing;   // the queries that see a key of the warp's
-    SharedAddress range;  // 8 bytes of the thread's own, for registers are short: the queries that the block walks
-    int first = 0;        // query of the tile
-    int left = 0;         // tiles that are to come, this one included
+    RowNotes notes;  // of a key: the queries that see it, and those that the block walks
+    int first = 0;   // query of the tile
+    int left = 0;    // tiles that are to come, this one included
 
+    // Of a consumer's warp; the notes of a group's 64 keys follow those of the group before.
+    LONGROPE_DEVICE static QueryWalk at(SharedAddress notes) {
+        return {RowNotes::at(notes + 16 * (warp_index() - kGroupWarps) * RowNotes::kBytes)};
+    }
     // For tile `of_keys` of 64 keys of a block, in tiles of `rows` queries.
     template <class Work>
     LONGROPE_DEVICE void begin(const AttentionParams& p, const Work& work, int of_keys, int rows) {
@@ -45,18 +48,17 @@ struct QueryWalk {
         const int end = static_cast<int>(queries.high);
         first = static_cast<int>(queries.low);
         left = first < end ? (end - first + rows - 1) / rows * static_cast<int>(p.query_heads / p.key_heads) : 0;
-        store_shared(range, Vec8{{static_cast<uint32_t>(first), static_cast<uint32_t>(end)}});
         if (lane_index() < 16) {
             const int key = warp_index() % kGroupWarps * 16 + lane_index();
-            seeing.put(lane_index(),
-                       key < work.count_of(of_keys) ? work.s.seeing(p, work.first_of(of_keys) + key) : Interval{});
+            notes.put(key < work.count_of(of_keys) ? work.s.seeing(p, work.first_of(of_keys) + key) : Interval{},
+                      Vec8{{static_cast<uint32_t>(first), static_cast<uint32_t>(end)}});
         }
         warp_sync();
     }
     LONGROPE_DEVICE void move(int rows) {
-        const Vec8 both = load_shared<Vec8>(range);
+        const Vec8 range = notes.more<Vec8>(0);
         first += rows;
-        if (first >= static_cast<int>(both.word[1])) first = static_cast<int>(both.word[0]);  // the next head
+        if (first >= static_cast<int>(range.word[1])) first = static_cast<int>(range.word[0]);  // the next head
     }
 };
 
@@ -70,10 +72,8 @@ struct KeyShape {
     using Rows = Ring<TilePair<RowTile>, kStages>;         // queries and grad_out
     // Behind the tiles a stage's {lse in units of log 2, delta times the scale}, by row.
     static constexpr int kRowsAt = kGroups * Keys::kTileBytes, kKnownAt = kRowsAt + Rows::kTileBytes;
-    // The queries that see a key, and of a consumer's thread those that the block walks.
-    static constexpr int kSeeingAt = kKnownAt + kStages * kRows * 8;
-    static constexpr int kWalkAt = kSeeingAt + kGroups * kGroupRows * 8;
-    static constexpr int kBarriersAt = kWalkAt + kGroups * kGroupThreads * 8;
+    static constexpr int kNotesAt = kKnownAt + kStages * kRows * 8;
+    static constexpr int kBarriersAt = kNotesAt + kGroups * kGroupRows * RowNotes::kBytes;
     static constexpr int kRowBarriersAt = kBarriersAt + kGroups * Keys::kBarrierBytes;
     static constexpr int kSharedBytes = kRowBarriersAt + Rows::kBarrierBytes;
     static_assert(kSharedBytes <= 227 << 10, "the tiles do not fit a multiprocessor");
@@ -83,10 +83,6 @@ struct KeyShape {
                 static_cast<SharedAddress>(kBarriersAt + group * Keys::kBarrierBytes)};
     }
     LONGROPE_DEVICE static Rows rows() { return {kRowsAt, kRowBarriersAt}; }
-    LONGROPE_DEVICE static QueryWalk walk() {
-        return {{static_cast<SharedAddress>(kSeeingAt + 8 * 16 * (warp_index() - kGroupWarps))},
-                static_cast<SharedAddress>(kWalkAt + 8 * (thread_index() - kGroupThreads))};
-    }
     LONGROPE_DEVICE static SharedAddress known(int count, int row) {
         return kKnownAt + (Rows::stage(count) * kRows + row) * 8;
     }
@@ -159,7 +155,7 @@ LONGROPE_DEVICE void consume_queries(const GradientLaunch& launch, int group) {
     const AttentionParams& p = launch.params.forward;
     const auto own = S::keys(group);
     const auto rows = S::rows();
-    QueryWalk walk = S::walk();
+    QueryWalk walk = QueryWalk::at(S::kNotesAt);
     if (group == 1) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of keys so far
 
@@ -193,7 +189,7 @@ LONGROPE_DEVICE void consume_queries(const GradientLaunch& launch, int group) {
                 const Float4 x = load_shared<Float4>(S::known(at, 8 * j + lane_index() % 4 * 2));
                 return KnownRows{{x.at[0], x.at[2], x.at[0], x.at[2]}, {x.at[1], x.at[3], x.at[1], x.at[3]}};
             });
-            walk.seeing.mask(walk.first, scores, slopes);
+            walk.notes.mask(walk.first, scores, slopes);
             pack_left<T>(weights, scores);
             pack_left<T>(packed, slopes);
         };

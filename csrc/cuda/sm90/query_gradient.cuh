@@ -46,8 +46,8 @@ struct QueryShape {
     using Values = Ring<ValueSlab, kValueSlabs>;
     static constexpr int kKeysAt = kGroups * Rows::kTileBytes, kValuesAt = kKeysAt + Keys::kTileBytes;
     // Of a row: the keys that it sees, {lse in units of log 2, delta times the scale}.
-    static constexpr int kSeenAt = kValuesAt + Values::kTileBytes, kKnownAt = kSeenAt + kRows * 8;
-    static constexpr int kBarriersAt = kKnownAt + kRows * 8;
+    static constexpr int kNotesAt = kValuesAt + Values::kTileBytes;
+    static constexpr int kBarriersAt = kNotesAt + kRows * RowNotes::kBytes;
     static constexpr int kKeyBarriersAt = kBarriersAt + kGroups * Rows::kBarrierBytes;
     static constexpr int kValueBarriersAt = kKeyBarriersAt + Keys::kBarrierBytes;
     static constexpr int kSharedBytes = kValueBarriersAt + Values::kBarrierBytes;
@@ -123,9 +123,7 @@ LONGROPE_DEVICE void consume_keys(const GradientLaunch& launch, int group) {
     const auto rows = S::rows(group);
     const auto keys = S::keys();
     const auto values = S::values();
-    const int first_row = 16 * (warp_index() - kGroupWarps);  // of the warp, in the block
-    const SeenColumns seen_keys{static_cast<SharedAddress>(S::kSeenAt + 8 * first_row)};
-    const auto known_at = [&](int r) -> SharedAddress { return S::kKnownAt + 8 * (first_row + row_of_lane(r)); };
+    const RowNotes notes = RowNotes::at(S::kNotesAt + 16 * (warp_index() - kGroupWarps) * RowNotes::kBytes);
     if (group == 1) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of queries so far
 
@@ -142,14 +140,13 @@ LONGROPE_DEVICE void consume_keys(const GradientLaunch& launch, int group) {
             if (lane_index() < 16) {
                 const int row = warp_index() % kGroupWarps * 16 + lane_index();
                 const bool exists = row < rows_here;
-                seen_keys.put(lane_index(), exists ? work.s.visible(p, of_group + row) : Interval{});
                 Float2 known{};
                 if (exists) {
                     const float* lse = work.s.lse(p, work.head, of_group + row);
                     known = {load_global(lse) * kLog2E,
                              load_global(static_cast<const float*>(launch.scratch.delta + (lse - p.lse))) * p.scale};
                 }
-                store_shared(S::kKnownAt + 8 * (first_row + lane_index()), known);
+                notes.put(exists ? work.s.visible(p, of_group + row) : Interval{}, known);
             }
             warp_sync();
         }
@@ -187,10 +184,10 @@ LONGROPE_DEVICE void consume_keys(const GradientLaunch& launch, int group) {
             group_commit();
         };
         const auto pack_slopes = [&](auto& scores, auto& slopes) {
-            const Float2 x = load_shared<Float2>(known_at(0)), y = load_shared<Float2>(known_at(1));
+            const Float2 x = notes.more<Float2>(0), y = notes.more<Float2>(1);
             turn_into_gradients(scores, slopes, launch.scale, p.scale,
                                 [&](int) { return KnownRows{{x.x, x.x, y.x, y.x}, {x.y, x.y, y.y, y.y}}; });
-            seen_keys.mask(first, slopes);
+            notes.mask(first, slopes);
             pack_left<T>(packed, slopes);
         };
 
