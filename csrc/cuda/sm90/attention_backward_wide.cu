@@ -100,7 +100,7 @@ LONGROPE_DEVICE void consume_queries_by_role(const GradientLaunch& launch, int g
     const bool scorer = group == 0;
     const auto rows = S::rows();
     const auto keys = S::keys(0);
-    QueryWalk walk = QueryWalk::at(S::kNotesAt);
+    QueryWalk walk{{S::kNotesAt}};
     if (!scorer) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of keys so far
 

@@ -21,33 +21,38 @@ struct TilePair {
     LONGROPE_DEVICE TileT of(bool is_first) const { return is_first ? first() : second(); }
 };
 
-// What a lane must know of its two rows of accumulators, in shared memory because registers are short: the columns that
-// a row sees, and 8 bytes more.
+// What a consumer must know of the rows of its accumulators, in shared memory because registers are short: the columns
+// that a row sees, and 8 bytes more.
 struct RowNotes {
     static constexpr int kBytes = 16;
 
-    SharedAddress first;  // of row lane / 4 of the warp's 16; the lane's other is 8 rows on
+    SharedAddress notes;  // of all rows, warp by warp
 
-    // Of a warp whose notes begin at `notes`.
-    LONGROPE_DEVICE static RowNotes at(SharedAddress notes) { return {notes + lane_index() / 4 * kBytes}; }
-    LONGROPE_DEVICE SharedAddress row(int r) const { return first + 8 * r * kBytes; }
+    // Of row `row` of the warp's 16.
+    LONGROPE_DEVICE SharedAddress at(int row) const {
+        return notes + (16 * (warp_index() - kGroupWarps) + row) * kBytes;
+    }
+    // Of row `r`, 0 or 1, of the lane.
+    LONGROPE_DEVICE SharedAddress of_lane(int r) const {
+        return at(8 * r) + anew(static_cast<uint32_t>(lane_index())) / 4 * kBytes;
+    }
     // Lane l, one of the first 16, says what is known of row l.
     template <class V>
     LONGROPE_DEVICE void put(const Interval& seen, const V& more) const {
-        const SharedAddress mine = first + (lane_index() - lane_index() / 4) * kBytes;
+        const SharedAddress mine = at(lane_index());
         store_shared(mine, Vec8{{static_cast<uint32_t>(seen.low), static_cast<uint32_t>(seen.high)}});
         store_shared(mine + 8, more);
     }
     template <class V>
     LONGROPE_DEVICE V more(int r) const {
-        return load_shared<V>(row(r) + 8);
+        return load_shared<V>(of_lane(r) + 8);
     }
     // Zeros where a row does not see a column of the tile that begins at column `first`.
     template <int kTiles, class... More>
     LONGROPE_DEVICE void mask(int first, float (&x)[kTiles][4], More&... more) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const Vec8 seen = load_shared<Vec8>(row(r));
+            const Vec8 seen = load_shared<Vec8>(of_lane(r));
             const int low = static_cast<int>(seen.word[0]) - first, high = static_cast<int>(seen.word[1]) - first;
             if (low <= 0 && high >= 8 * kTiles) continue;
             mask_scores(x, r, low, high, 0.0f);

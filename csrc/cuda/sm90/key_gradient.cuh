@@ -37,10 +37,6 @@ struct QueryWalk {
     int first = 0;   // query of the tile
     int left = 0;    // tiles that are to come, this one included
 
-    // Of a consumer's warp; the notes of a group's 64 keys follow those of the group before.
-    LONGROPE_DEVICE static QueryWalk at(SharedAddress notes) {
-        return {RowNotes::at(notes + 16 * (warp_index() - kGroupWarps) * RowNotes::kBytes)};
-    }
     // For tile `of_keys` of 64 keys of a block, in tiles of `rows` queries.
     template <class Work>
     LONGROPE_DEVICE void begin(const AttentionParams& p, const Work& work, int of_keys, int rows) {
@@ -155,7 +151,7 @@ LONGROPE_DEVICE void consume_queries(const GradientLaunch& launch, int group) {
     const AttentionParams& p = launch.params.forward;
     const auto own = S::keys(group);
     const auto rows = S::rows();
-    QueryWalk walk = QueryWalk::at(S::kNotesAt);
+    QueryWalk walk{{S::kNotesAt}};
     if (group == 1) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of keys so far
 

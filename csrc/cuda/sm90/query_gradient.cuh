@@ -123,7 +123,7 @@ LONGROPE_DEVICE void consume_keys(const GradientLaunch& launch, int group) {
     const auto rows = S::rows(group);
     const auto keys = S::keys();
     const auto values = S::values();
-    const RowNotes notes = RowNotes::at(S::kNotesAt + 16 * (warp_index() - kGroupWarps) * RowNotes::kBytes);
+    constexpr RowNotes notes{S::kNotesAt};
     if (group == 1) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of queries so far
 
