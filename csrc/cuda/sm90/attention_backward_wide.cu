@@ -46,7 +46,7 @@ struct WideKeyShape {
     // A stage's {lse in units of log 2, delta times the scale}, by row.
     static constexpr int kKnownAt = kExchangeAt + kRows / 8 * kGroupThreads * 16;
     static constexpr int kNotesAt = kKnownAt + kStages * kRows * 8;
-    static constexpr int kBarriersAt = kNotesAt + kGroups * kGroupRows * RowNotes::kBytes;
+    static constexpr int kBarriersAt = kNotesAt + kGroups * kGroupThreads * QueryWalk::kBytes;
     static constexpr int kRowBarriersAt = kBarriersAt + Keys::kBarrierBytes;
     static constexpr int kSharedBytes = kRowBarriersAt + Rows::kBarrierBytes;
     static_assert(kSharedBytes <= 227 << 10, "the tiles do not fit a multiprocessor");
@@ -100,7 +100,7 @@ LONGROPE_DEVICE void consume_queries_by_role(const GradientLaunch& launch, int g
     const bool scorer = group == 0;
     const auto rows = S::rows();
     const auto keys = S::keys(0);
-    QueryWalk walk{{S::kNotesAt}};
+    QueryWalk walk(S::kNotesAt);
     if (!scorer) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of keys so far
 
@@ -114,10 +114,11 @@ LONGROPE_DEVICE void consume_queries_by_role(const GradientLaunch& launch, int g
         float out[kHeadDim / 8][4] = {};                // of dv or dk
         uint32_t held[S::kHeldSteps][4], packed[S::kRowSteps][4];
         keys.wait_full(blocks);
+        if (walk.left > 0) {
 #pragma unroll
-        for (int step = 0; step < S::kHeldSteps; ++step)
-            load_left(held[step], own, warp_index() % kGroupWarps * 16, step);
-
+            for (int step = 0; step < S::kHeldSteps; ++step)
+                load_left(held[step], own, warp_index() % kGroupWarps * 16, step);
+        }
         for (; walk.left > 0; ++count, --walk.left) {
             float x[S::kRows / 8][4];  // S or dP, then P or dS
             rows.wait_full(count);
@@ -144,7 +145,7 @@ LONGROPE_DEVICE void consume_queries_by_role(const GradientLaunch& launch, int g
                 score_tiles<true>(x, launch.scale, count);
             else
                 score_tiles<false>(x, launch.scale, count);
-            walk.notes.mask(walk.first, x);
+            walk.seeing.mask(walk.first, x);
             pack_left<T>(packed, x);
             walk.move(S::kRows);
 
@@ -159,7 +160,7 @@ LONGROPE_DEVICE void consume_queries_by_role(const GradientLaunch& launch, int g
             group_wait<0>(out, packed);
             rows.release(count);
         }
-        group_sync(group);  // no warp of the group reads its keys or values any more
+        // No warp of the group reads its keys or values any more: the last turn came after.
         // Worked out anew: registers are short in the loop before.
         const KeyWork<S::kKeyTiles> work(p, launch.schedule, tile);
         const int64_t place =

@@ -21,38 +21,20 @@ struct TilePair {
     LONGROPE_DEVICE TileT of(bool is_first) const { return is_first ? first() : second(); }
 };
 
-// What a consumer must know of the rows of its accumulators, in shared memory because registers are short: the columns
-// that a row sees, and 8 bytes more.
-struct RowNotes {
-    static constexpr int kBytes = 16;
+// Which columns a lane's two rows of accumulators see, in shared memory because registers are short.
+template <int kApart>
+struct SeenColumns {
+    SharedAddress slot;  // 8 bytes for the lane's first row; those for the other are kApart further
 
-    SharedAddress notes;  // of all rows, warp by warp
-
-    // Of row `row` of the warp's 16.
-    LONGROPE_DEVICE SharedAddress at(int row) const {
-        return notes + (16 * (warp_index() - kGroupWarps) + row) * kBytes;
-    }
-    // Of row `r`, 0 or 1, of the lane.
-    LONGROPE_DEVICE SharedAddress of_lane(int r) const {
-        return at(8 * r) + anew(static_cast<uint32_t>(lane_index())) / 4 * kBytes;
-    }
-    // Lane l, one of the first 16, says what is known of row l.
-    template <class V>
-    LONGROPE_DEVICE void put(const Interval& seen, const V& more) const {
-        const SharedAddress mine = at(lane_index());
-        store_shared(mine, Vec8{{static_cast<uint32_t>(seen.low), static_cast<uint32_t>(seen.high)}});
-        store_shared(mine + 8, more);
-    }
-    template <class V>
-    LONGROPE_DEVICE V more(int r) const {
-        return load_shared<V>(of_lane(r) + 8);
+    LONGROPE_DEVICE void put(int r, const Interval& seen) const {
+        store_shared(slot + kApart * r, Vec8{{static_cast<uint32_t>(seen.low), static_cast<uint32_t>(seen.high)}});
     }
     // Zeros where a row does not see a column of the tile that begins at column `first`.
     template <int kTiles, class... More>
     LONGROPE_DEVICE void mask(int first, float (&x)[kTiles][4], More&... more) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const Vec8 seen = load_shared<Vec8>(of_lane(r));
+            const Vec8 seen = load_shared<Vec8>(slot + kApart * r);
             const int low = static_cast<int>(seen.word[0]) - first, high = static_cast<int>(seen.word[1]) - first;
             if (low <= 0 && high >= 8 * kTiles) continue;
             mask_scores(x, r, low, high, 0.0f);

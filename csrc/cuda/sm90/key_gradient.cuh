@@ -33,9 +33,17 @@ struct KeyWork {
 
 // A consumer's walk over the queries that see a block of keys, of all heads that share the key head, a tile at a time.
 struct QueryWalk {
-    RowNotes notes;  // of a key: the queries that see it, and those that the block walks
-    int first = 0;   // query of the tile
-    int left = 0;    // tiles that are to come, this one included
+    static constexpr int kBytes = 24;  // of a consumer's thread
+
+    SeenColumns<8> seeing;  // the queries that see a key
+    SharedAddress range;    // those that the block walks
+    int first = 0;          // query of the tile
+    int left = 0;           // tiles that are to come, this one included
+
+    // What a thread keeps from `notes` on.
+    LONGROPE_DEVICE explicit QueryWalk(SharedAddress notes)
+        : seeing{notes + 16 * (thread_index() - kGroupThreads)},
+          range(notes + 16 * kGroups * kGroupThreads + 8 * (thread_index() - kGroupThreads)) {}
 
     // For tile `of_keys` of 64 keys of a block, in tiles of `rows` queries.
     template <class Work>
@@ -44,17 +52,17 @@ struct QueryWalk {
         const int end = static_cast<int>(queries.high);
         first = static_cast<int>(queries.low);
         left = first < end ? (end - first + rows - 1) / rows * static_cast<int>(p.query_heads / p.key_heads) : 0;
-        if (lane_index() < 16) {
-            const int key = warp_index() % kGroupWarps * 16 + lane_index();
-            notes.put(key < work.count_of(of_keys) ? work.s.seeing(p, work.first_of(of_keys) + key) : Interval{},
-                      Vec8{{static_cast<uint32_t>(first), static_cast<uint32_t>(end)}});
+        store_shared(range, Vec8{{static_cast<uint32_t>(first), static_cast<uint32_t>(end)}});
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int key = warp_index() % kGroupWarps * 16 + 8 * r + lane_index() / 4;
+            seeing.put(r, key < work.count_of(of_keys) ? work.s.seeing(p, work.first_of(of_keys) + key) : Interval{});
         }
-        warp_sync();
     }
     LONGROPE_DEVICE void move(int rows) {
-        const Vec8 range = notes.more<Vec8>(0);
+        const Vec8 walked = load_shared<Vec8>(range);
         first += rows;
-        if (first >= static_cast<int>(range.word[1])) first = static_cast<int>(range.word[0]);  // the next head
+        if (first >= static_cast<int>(walked.word[1])) first = static_cast<int>(walked.word[0]);  // the next head
     }
 };
 
@@ -69,7 +77,7 @@ struct KeyShape {
     // Behind the tiles a stage's {lse in units of log 2, delta times the scale}, by row.
     static constexpr int kRowsAt = kGroups * Keys::kTileBytes, kKnownAt = kRowsAt + Rows::kTileBytes;
     static constexpr int kNotesAt = kKnownAt + kStages * kRows * 8;
-    static constexpr int kBarriersAt = kNotesAt + kGroups * kGroupRows * RowNotes::kBytes;
+    static constexpr int kBarriersAt = kNotesAt + kGroups * kGroupThreads * QueryWalk::kBytes;
     static constexpr int kRowBarriersAt = kBarriersAt + kGroups * Keys::kBarrierBytes;
     static constexpr int kSharedBytes = kRowBarriersAt + Rows::kBarrierBytes;
     static_assert(kSharedBytes <= 227 << 10, "the tiles do not fit a multiprocessor");
@@ -151,7 +159,7 @@ LONGROPE_DEVICE void consume_queries(const GradientLaunch& launch, int group) {
     const AttentionParams& p = launch.params.forward;
     const auto own = S::keys(group);
     const auto rows = S::rows();
-    QueryWalk walk{{S::kNotesAt}};
+    QueryWalk walk(S::kNotesAt);
     if (group == 1) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of keys so far
 
@@ -185,7 +193,7 @@ LONGROPE_DEVICE void consume_queries(const GradientLaunch& launch, int group) {
                 const Float4 x = load_shared<Float4>(S::known(at, 8 * j + lane_index() % 4 * 2));
                 return KnownRows{{x.at[0], x.at[2], x.at[0], x.at[2]}, {x.at[1], x.at[3], x.at[1], x.at[3]}};
             });
-            walk.notes.mask(walk.first, scores, slopes);
+            walk.seeing.mask(walk.first, scores, slopes);
             pack_left<T>(weights, scores);
             pack_left<T>(packed, slopes);
         };

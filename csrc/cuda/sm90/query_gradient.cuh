@@ -46,8 +46,8 @@ struct QueryShape {
     using Values = Ring<ValueSlab, kValueSlabs>;
     static constexpr int kKeysAt = kGroups * Rows::kTileBytes, kValuesAt = kKeysAt + Keys::kTileBytes;
     // Of a row: the keys that it sees, {lse in units of log 2, delta times the scale}.
-    static constexpr int kNotesAt = kValuesAt + Values::kTileBytes;
-    static constexpr int kBarriersAt = kNotesAt + kRows * RowNotes::kBytes;
+    static constexpr int kNotesAt = kValuesAt + Values::kTileBytes, kNoteBytes = 16;
+    static constexpr int kBarriersAt = kNotesAt + kRows * kNoteBytes;
     static constexpr int kKeyBarriersAt = kBarriersAt + kGroups * Rows::kBarrierBytes;
     static constexpr int kValueBarriersAt = kKeyBarriersAt + Keys::kBarrierBytes;
     static constexpr int kSharedBytes = kValueBarriersAt + Values::kBarrierBytes;
@@ -123,7 +123,9 @@ LONGROPE_DEVICE void consume_keys(const GradientLaunch& launch, int group) {
     const auto rows = S::rows(group);
     const auto keys = S::keys();
     const auto values = S::values();
-    constexpr RowNotes notes{S::kNotesAt};
+    const SharedAddress of_row = S::kNotesAt + (16 * (warp_index() - kGroupWarps) + lane_index() / 4) * S::kNoteBytes;
+    const SeenColumns<8 * S::kNoteBytes> seen_keys{of_row};
+    const auto known_at = [=](int r) -> SharedAddress { return of_row + 8 * r * S::kNoteBytes + 8; };
     if (group == 1) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of queries so far
 
@@ -137,16 +139,20 @@ LONGROPE_DEVICE void consume_keys(const GradientLaunch& launch, int group) {
             const Interval seen = work.keys(p, kKeys);
             first = static_cast<int>(seen.low);
             end = static_cast<int>(seen.high);
-            if (lane_index() < 16) {
-                const int row = warp_index() % kGroupWarps * 16 + lane_index();
-                const bool exists = row < rows_here;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int row = warp_index() % kGroupWarps * 16 + 8 * r + lane_index() / 4;
+                Interval mine{};
                 Float2 known{};
-                if (exists) {
+                if (row < rows_here) {
+                    mine = work.s.visible(p, of_group + row);
                     const float* lse = work.s.lse(p, work.head, of_group + row);
                     known = {load_global(lse) * kLog2E,
                              load_global(static_cast<const float*>(launch.scratch.delta + (lse - p.lse))) * p.scale};
                 }
-                notes.put(exists ? work.s.visible(p, of_group + row) : Interval{}, known);
+                if (lane_index() % 4 != 0) continue;
+                seen_keys.put(r, mine);
+                store_shared(known_at(r), known);
             }
             warp_sync();
         }
@@ -184,10 +190,10 @@ LONGROPE_DEVICE void consume_keys(const GradientLaunch& launch, int group) {
             group_commit();
         };
         const auto pack_slopes = [&](auto& scores, auto& slopes) {
-            const Float2 x = notes.more<Float2>(0), y = notes.more<Float2>(1);
+            const Float2 x = load_shared<Float2>(known_at(0)), y = load_shared<Float2>(known_at(1));
             turn_into_gradients(scores, slopes, launch.scale, p.scale,
                                 [&](int) { return KnownRows{{x.x, x.x, y.x, y.x}, {x.y, x.y, y.y, y.y}}; });
-            notes.mask(first, slopes);
+            seen_keys.mask(first, slopes);
             pack_left<T>(packed, slopes);
         };
 
