@@ -494,6 +494,7 @@ QUICK_WIDE = ["a stage released before the product with it"]
 ABOVE_128 = {"head_dim": 136, "lengths": (191, 20), "options": ({"window": 100}, {"softcap": 3.0})}
 
 
+@pytest.mark.slow
 def test_the_same_look_at_the_sound_wide_kernels_finds_nothing(emulator, monkeypatch):
     assert told(emulator, monkeypatch, **ABOVE_128) == "nothing"
 
