@@ -284,7 +284,7 @@ class _Attention:
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.float().contiguous()
         rotated = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
         delta = torch.empty_like(lse)
-        batch, query_heads, key_heads, _, head_dim = self.arguments[14]
+        batch, query_heads, key_heads, _, _ = self.arguments[14]
         hopper = runs_hopper_kernels(query.device)
         group = query_heads // key_heads
         # Rows of a block are of one head in Hopper's kernels, of all that share a key head elsewhere.
