@@ -23,7 +23,8 @@ FORWARD = "sm80/attention_forward.cu"
 DECODE, FP8_DECODE = "sm80/attention_decode.cu", "sm80/attention_decode_fp8.cu"
 DECODES = {"16 bits": DECODE, "int8": "sm80/attention_decode_int8.cu", "fp8": FP8_DECODE}
 BACKWARD, WIDE_BACKWARD = "sm80/attention_backward.cu", "sm80/attention_backward_wide.cu"
-HOPPER, HOPPER_BACKWARD = "sm90/attention_forward.cu", "sm90/attention_backward.cu"
+HOPPER = "sm90/attention_forward.cu"
+HOPPER_BACKWARD, WIDE_HOPPER_BACKWARD = "sm90/attention_backward.cu", "sm90/attention_backward_wide.cu"
 KERNELS = sorted(str(x.relative_to(ROOT / "csrc" / "cuda")) for x in (ROOT / "csrc" / "cuda").rglob("*.cu"))
 # Sources that convert fp8, which have binaries for sm_89 of their own.
 CONVERTERS = ["cache_append.cu", "prepare_keys.cu", FP8_DECODE]
@@ -110,7 +111,7 @@ def hopper_functions(source):
     code = sass(cubin).split("Function : ")[1:]
     functions = {x.split(maxsplit=1)[0]: x for x in code}
     # The registers that setmaxnreg deals out are those of 64K that the threads begin with.
-    text = (ROOT / "csrc" / "cuda" / source).read_text()
+    text = (ROOT / "csrc" / "cuda" / "sm90" / "pipeline.cuh").read_text()
     (producer, consumer) = map(int, re.search(r"kProducerRegisters = (\d+), kConsumerRegisters = (\d+)", text).groups())
     (used,) = set(map(int, re.findall(r"Used (\d+) registers", report)))
     assert producer + 2 * consumer <= 3 * used
@@ -118,7 +119,8 @@ def hopper_functions(source):
     for x in functions.values():
         for instruction in (r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"MUFU\.EX2", r"LDGSTS", r"STG\.E\.128"):
             assert re.search(instruction, x), instruction
-        assert not re.search(r"\b(HMMA|LDSM)\b", x)
+        assert not re.search(r"\bHMMA\b", x)
+        assert source == WIDE_HOPPER_BACKWARD or not re.search(r"\bLDSM\b", x)
         assert max(map(int, re.findall(r"\bR(\d+)\b", x))) < consumer
     return functions
 
@@ -213,6 +215,22 @@ def test_a_tile_costs_few_instructions(source):
         if of == source:
             (code,) = (x for mangled, x in functions.items() if name in mangled)
             assert way_through_the_loop(code) <= ceiling, name
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_wide_hopper_backward_is_made_of_its_own_instructions():
+    """The same above head_dim 128, where the two groups of dk and dv share one code, each product once."""
+    functions = hopper_functions(WIDE_HOPPER_BACKWARD)
+    assert len(functions) == 4
+    steps = 256 // 16
+    held = 4  # steps whose left operand stays in registers
+    for name, code in functions.items():
+        of_query = "query_gradient" in name
+        wanted = {64: 2 * 2 * steps, 256: 2 * 4} if of_query else {64: steps, 256: 4}
+        assert columns_of(code) == Counter(wanted)
+        assert len(re.findall(r"\bLDSM\b", code)) == (0 if of_query else held)
 
 
 def straight_runs(code):

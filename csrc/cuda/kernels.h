@@ -66,7 +66,7 @@ void attention_delta(const AttentionBackwardParams& params, const BackwardScratc
 // Gradients of attention; `grad_inv_freq` of `params` is not written, its parts are.
 constexpr int kBackwardRows = 64, kBackwardKeys = 64;
 void attention_backward_sm80(const AttentionBackwardParams& params, const BackwardScratch& scratch, Stream stream);
-// The same on Hopper, up to head_dim 128; `query_tokens` and `key_tokens` are how many tokens a sequence's, or a packed
+// The same on Hopper; `query_tokens` and `key_tokens` are how many tokens a sequence's, or a packed
 // batch's, queries and keys have room for.
 void attention_backward_sm90(const AttentionBackwardParams& params, const BackwardScratch& scratch,
                              int64_t query_tokens, int64_t key_tokens, Stream stream);

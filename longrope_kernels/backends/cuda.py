@@ -22,7 +22,6 @@ from . import native
 
 NAME = "cuda"
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
-HOPPER_BACKWARD_DIM = 128  # head_dim up to which sm_90 has backward kernels of its own
 DECODE_ROWS = 16  # query heads of a key head times tokens, up to which a sequence goes to the split-key kernel
 _Scratch = tuple[Tensor, tuple[int, int, int, int]]  # and how the native module addresses it
 _native: ModuleType | None = None
@@ -303,8 +302,8 @@ class _Attention:
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.float().contiguous()
         rotated = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
         delta = torch.empty_like(lse)
-        batch, query_heads, key_heads, _, head_dim = self.arguments[14]
-        hopper = runs_hopper_kernels(query.device) and head_dim <= HOPPER_BACKWARD_DIM
+        batch, query_heads, key_heads, _, _ = self.arguments[14]
+        hopper = runs_hopper_kernels(query.device)
         group = query_heads // key_heads
         # Rows of a block are of one head in Hopper's kernels, of all that share a key head elsewhere.
         rows, of_heads = (tokens[0], group) if hopper else (tokens[0] * group, 1)

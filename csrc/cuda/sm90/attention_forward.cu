@@ -30,9 +30,6 @@
 namespace longrope {
 namespace {
 
-// Together the 504 that 384 threads begin with.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-
 template <int kHeadDim>
 struct Shape {
     static constexpr int kKeys = kHeadDim <= 128 ? 128 : 64, kStages = 2;

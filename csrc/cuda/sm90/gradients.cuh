@@ -18,24 +18,24 @@ struct TilePair {
 
     LONGROPE_DEVICE TileT first() const { return {base}; }
     LONGROPE_DEVICE TileT second() const { return {base + TileT::kBytes}; }
+    LONGROPE_DEVICE TileT of(bool is_first) const { return is_first ? first() : second(); }
 };
 
-// Which columns a thread's two rows of accumulators see, in shared memory because registers are short.
+// Which columns a lane's two rows of accumulators see, in shared memory because registers are short.
+template <int kApart>
 struct SeenColumns {
-    SharedAddress slot;  // 16 bytes of the thread's own
+    SharedAddress slot;  // 8 bytes for the lane's first row; those for the other are kApart further
 
-    LONGROPE_DEVICE void put(const Interval (&seen)[2]) const {
-        store_shared(slot, Vec16{{static_cast<uint32_t>(seen[0].low), static_cast<uint32_t>(seen[0].high),
-                                  static_cast<uint32_t>(seen[1].low), static_cast<uint32_t>(seen[1].high)}});
+    LONGROPE_DEVICE void put(int r, const Interval& seen) const {
+        store_shared(slot + kApart * r, Vec8{{static_cast<uint32_t>(seen.low), static_cast<uint32_t>(seen.high)}});
     }
     // Zeros where a row does not see a column of the tile that begins at column `first`.
     template <int kTiles, class... More>
     LONGROPE_DEVICE void mask(int first, float (&x)[kTiles][4], More&... more) const {
-        const Vec16 seen = load_shared<Vec16>(slot);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int low = static_cast<int>(seen.word[2 * r]) - first;
-            const int high = static_cast<int>(seen.word[2 * r + 1]) - first;
+            const Vec8 seen = load_shared<Vec8>(slot + kApart * r);
+            const int low = static_cast<int>(seen.word[0]) - first, high = static_cast<int>(seen.word[1]) - first;
             if (low <= 0 && high >= 8 * kTiles) continue;
             mask_scores(x, r, low, high, 0.0f);
             (mask_scores(more, r, low, high, 0.0f), ...);
@@ -49,6 +49,18 @@ struct KnownRows {
     float delta[4];  // times the scale of the scores
 };
 
+// P of a product q k^T. `slope` is multiplied by what the softcap leaves of the score's slope, where there is one.
+template <bool kCapped>
+LONGROPE_DEVICE float probability(float product, float lse_log2, const ScoreScale& scale, float& slope) {
+    if constexpr (kCapped) {
+        const float bounded = tanh_fast(product * scale.cap_slope);
+        slope *= 1.0f - bounded * bounded;
+        return exp2_fast(bounded * scale.cap_log2 - lse_log2);
+    } else {
+        return exp2_fast(product * scale.scale_log2 - lse_log2);
+    }
+}
+
 // Turns q k^T into P and dO v^T into dS, as they would be without a mask; `known(j)` are the rows of tile j.
 template <bool kCapped, int kTiles, class Known>
 LONGROPE_DEVICE void turn_tiles_into_gradients(float (&scores)[kTiles][4], float (&slopes)[kTiles][4],
@@ -59,13 +71,7 @@ LONGROPE_DEVICE void turn_tiles_into_gradients(float (&scores)[kTiles][4], float
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
             float slope = slopes[j][c] * factor - rows.delta[c];
-            if constexpr (kCapped) {
-                const float bounded = tanh_fast(scores[j][c] * scale.cap_slope);
-                scores[j][c] = exp2_fast(bounded * scale.cap_log2 - rows.lse[c]);
-                slope *= 1.0f - bounded * bounded;
-            } else {
-                scores[j][c] = exp2_fast(scores[j][c] * scale.scale_log2 - rows.lse[c]);
-            }
+            scores[j][c] = probability<kCapped>(scores[j][c], rows.lse[c], scale, slope);
             slopes[j][c] = scores[j][c] * slope;
         }
     }
@@ -85,6 +91,17 @@ template <class T, int kSteps>
 LONGROPE_DEVICE void pack_left(uint32_t (&left)[kSteps][4], const float (&x)[2 * kSteps][4]) {
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) probabilities_left<T>(left[j], x[2 * j], x[2 * j + 1]);
+}
+
+// Releases the tiles of a ring that come `kCount` at a time, as soon as the product with each is done: the last groups
+// in flight are one for each of them, and `kAfter` others.
+template <int kCount, int kAfter, int kNext = 0, class RingT>
+LONGROPE_DEVICE void release_multiplied(const RingT& ring, int count) {
+    if constexpr (kNext < kCount) {
+        group_wait<kCount - 1 - kNext + kAfter>();
+        ring.release(count * kCount + kNext);
+        release_multiplied<kCount, kAfter, kNext + 1>(ring, count);
+    }
 }
 
 // One of 8 rows of sums in fp32, of which a row's chunks of 8 are permuted by the row: then neither the accumulators on
@@ -140,10 +157,10 @@ struct GradientRows {
     }
 
     // The same, and the group's part in the gradient of the frequencies to `part`, where that is not null: the sum of
-    // p (a db - b da) over its rows, by pair; (a, b) are the rows of `rotated`.
-    template <class T, int kTiles, class PositionOf, class To>
+    // p (a db - b da) over its rows, by pair; (a, b) of the rows `rotated(r)`.
+    template <int kTiles, class Rotated, class PositionOf, class To>
     LONGROPE_DEVICE void store_with_frequencies(const float (&sums)[kTiles][4], const Regime& regime, int head_dim,
-                                                TileT rotated, double* part, const PositionOf& position_of,
+                                                const Rotated& rotated, double* part, const PositionOf& position_of,
                                                 const To& to) const {
         constexpr int kPairs = (kTiles * 4 + 31) / 32;  // of a lane
         double cross[kPairs] = {};
@@ -158,7 +175,7 @@ struct GradientRows {
                 for (int r = 0; r < count_of(half); ++r) {
                     const int64_t position = position_of(first(half) + r);
                     if (position < regime.start_tokens) continue;
-                    const SharedRow<T, TileT> x{rotated, first(half) + r};
+                    const auto x = rotated(first(half) + r);
                     const SumRow grad = row(r);
                     cross[i] += static_cast<double>(position) * (static_cast<double>(x.load1(a)) * grad.load1(b) -
                                                                  static_cast<double>(x.load1(b)) * grad.load1(a));

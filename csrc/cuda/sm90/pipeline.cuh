@@ -11,6 +11,8 @@ namespace longrope {
 constexpr int kGroups = 2, kGroupThreads = 128, kGroupWarps = kGroupThreads / 32, kGroupRows = 64;
 constexpr int kRows = kGroups * kGroupRows;
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+// Together the 504 that 384 threads begin with.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kSectionBytes = 24 << 20;  // of keys and values that a section of the schedule keeps in L2: half of it
 
 // Named barriers, one of each kind for a consumer group.
@@ -98,16 +100,16 @@ inline TensorMap operand_map(const Operand& x, const AttentionParams& p, int64_t
          {bytes(of_tokens, x.token_stride), bytes(of_heads, x.head_stride), bytes(batch, x.batch_stride)}});
 }
 
-// Copies the tile of an operand that begins at (b, head, token); its bytes are for the caller to expect.
+// Copies the tile of an operand that begins at (b, head, token) and a column; its bytes are for the caller to expect.
 template <class TileT>
 LONGROPE_DEVICE void copy_bulk(const TensorMap& map, const Operand& from, int64_t b, int64_t head, int64_t token,
-                               TileT to, SharedAddress full) {
+                               TileT to, SharedAddress full, int column = 0) {
     const int32_t of_head = from.head_stride == 0 ? 0 : static_cast<int32_t>(head);
     const int32_t of_batch = from.batch_stride == 0 ? 0 : static_cast<int32_t>(b);
 #pragma unroll
     for (int slab = 0; slab < TileT::kSlabs; ++slab)
         copy_tensor<4>(to.base + slab * TileT::kSlabBytes, map,
-                       {64 * slab, static_cast<int32_t>(token), of_head, of_batch}, full);
+                       {column + 64 * slab, static_cast<int32_t>(token), of_head, of_batch}, full);
 }
 
 }  // namespace longrope
