@@ -51,6 +51,10 @@ struct WideTile {
         return chunk(row, column / kChunk) + column % kChunk * 2;
     }
 
+    LONGROPE_DEVICE SharedAddress half_step(int first, int row, int half, int step) const {
+        return chunk(first + row, 2 * step + half);
+    }
+
     // The operand whose k are the columns, and how far its columns 16 step and on are.
     LONGROPE_DEVICE MatrixDescriptor by_columns() const { return matrix_descriptor(base, 16, 1024, Swizzle::k128); }
     static constexpr LONGROPE_HOST_DEVICE uint32_t columns_at(int step) {
