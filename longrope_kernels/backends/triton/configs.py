@@ -41,6 +41,7 @@ class Config:
 # Keys of a run of split-key attention, counted from a sequence's first key. 512 keys of bf16 and head_dim 128 are
 # 256 kB, a partial result of 8 rows is 4 kB, and 128k keys with 8 key heads make 2,048 programs.
 SPLIT_KEYS = 512
+MOST_SPLITS = 2**16 - 1  # programs along a grid's second axis
 # Up to this many rows (query tokens x query heads that share a key head) keys are split: one row block sees them all.
 SPLIT_ROWS = 64
 # Keys are rotated in the tile up to this many rows, see `rotates_in_tile`.
