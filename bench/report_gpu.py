@@ -60,8 +60,9 @@ TARGETS = {
 for _target in LEFT_OUT:
     del TARGETS[_target]
 TILES_OF = {"sm_89": GPUTarget("cuda", 89, 32)}  # chips with the configurations of another target
-# Shared memory that one program may have, in bytes.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Shared memory that one program may have, in bytes. The tiles of sm_80, which has 163 KB, are those of sm_86, sm_89 and
+# generation 12 too, which have 99.
+SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",

@@ -61,6 +61,14 @@ def test_a_sample_compiles_without_spills_and_onto_tensor_cores():
     assert compile_all(report_gpu.quick_cases()) >= 10
 
 
+def test_the_widest_tile_of_ampere_fits_the_chips_that_share_it():
+    """sm_86, sm_89 and generation 12 have 99 KB where sm_80 has 163."""
+    (launch,) = [x for x in report_gpu.launches(report_gpu.Case("sm_80", "forward", 256)) if x.name == "forward_kernel"]
+    found = report_gpu.report(launch, "sm_80", "head_dim 256")
+    assert not found.faults
+    assert found.shared_bytes <= 99 * 1024
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", report_gpu.TARGETS)

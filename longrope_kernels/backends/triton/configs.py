@@ -50,7 +50,8 @@ IN_TILE_ROWS = 256
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 TABLE = pathlib.Path(__file__).with_name("configs.json")
 DESCRIPTOR_TARGETS = ("sm_90", "sm_100", "interpreter")  # whose hardware has them, and what imitates it
-# Chips that run the tiles of another row: Ada and generation 12 have Ampere's shared memory and instructions.
+# Chips that run the tiles of another row: Ada and generation 12 have the instructions of Ampere, and the shared memory
+# of sm_86, 99 KB a program, which the row of sm_80 keeps to.
 TILES_OF = {"sm_89": "sm_80"}
 _FP8_TARGETS = ("sm_89", "sm_90", "sm_100")  # those that convert e4m3 themselves
 WIDTHS = (64, 128, 256, 512)  # head widths of the table: the smallest that holds the head is taken
