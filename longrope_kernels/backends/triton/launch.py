@@ -102,7 +102,7 @@ def _target_of_index(index: int) -> str:
     if torch.version.hip:
         return "gfx942"
     capability = torch.cuda.get_device_capability(index)
-    # Consumer GPUs of generation 12 have the instructions of Ampere and the shared memory of sm_86, not those of sm_100.
+    # Consumer GPUs of generation 12 have the instructions of Ampere and the shared memory of sm_86, not sm_100's.
     return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_89" if capability >= (8, 9) else "sm_80")
 
 
