@@ -3,7 +3,8 @@
     python -m bench.report_gpu [--quick] [--json FILE] [--target T] [--op OP]
 
 Each kernel is compiled as a call on a GPU would launch it: the launches come from the backend's own plans, made for
-tensors on the meta device. Triton caches what it compiles by source, so a second run is quick.
+tensors on the meta device. Triton caches what it compiles by source, so a second run is quick. What a kernel must not
+have (`Report.faults`) is listed behind the table, and then the exit status is 1.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ TARGETS = {
 for _target in LEFT_OUT:
     del TARGETS[_target]
 TILES_OF = {"sm_89": GPUTarget("cuda", 89, 32)}  # chips with the configurations of another target
-# Shared memory that one program may have, in bytes.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Shared memory that one program may have, in bytes. The tiles of sm_80, which has 163 KB, are those of sm_86, sm_89 and
+# generation 12 too, which have 99.
+SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -242,31 +244,38 @@ class Report:
     shared_bytes: int
     matmuls: int  # tensor-core instructions
     instructions: int
+    error: str = ""  # what the compiler said where it failed; the numbers are 0 then
+
+    @property
+    def faults(self) -> list[str]:
+        """What a kernel must not have, each as a line: local memory, too much shared memory, no tensor cores."""
+        found = [f"does not compile: {self.error}"] * bool(self.error)
+        if self.shared_bytes > SHARED_LIMIT[self.target]:
+            found.append(f"{self.shared_bytes} bytes of shared memory, of {SHARED_LIMIT[self.target]}")
+        if self.spill_bytes:
+            found.append(f"{self.spill_bytes} bytes of local memory")
+        if not (self.error or self.matmuls) and self.kernel in MATMUL_KERNELS and "float32" not in self.case:
+            found.append("no tensor-core instruction")
+        where = f"{self.target} {self.kernel} ({self.case}, tile {self.tile}, {self.warps} warps)"
+        return [f"{where}: {fault}" for fault in found]
 
 
 def report(launch: Launch, target: str, label: str) -> Report:
     """Compile a launch and read what it takes."""
-    compiled = compile_launch(launch, target)
-    read = _amd if target.startswith("gfx") else _nvidia
-    registers, spill_bytes, instructions = read(compiled)
-    kind, pattern = MATMUL[target]
     config = launch.config
     tile = f"{config.rows} x {config.keys}" if config.keys else str(config.rows)
     if config.descriptors:
         tile += " by descriptors"
-    return Report(
-        target,
-        label,
-        launch.name,
-        tile,
-        launch.config.warps,
-        launch.config.stages,
-        registers,
-        spill_bytes,
-        int(compiled.metadata.shared),
-        len(re.findall(pattern, compiled.asm[kind])),
-        instructions,
-    )
+    head = (target, label, launch.name, tile, config.warps, config.stages)
+    try:
+        compiled = compile_launch(launch, target)
+    except Exception as error:  # whatever a compiler raises, the other kernels are reported
+        return Report(*head, 0, 0, 0, 0, 0, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+    read = _amd if target.startswith("gfx") else _nvidia
+    registers, spill_bytes, instructions = read(compiled)
+    kind, pattern = MATMUL[target]
+    matmuls = len(re.findall(pattern, compiled.asm[kind]))
+    return Report(*head, registers, spill_bytes, int(compiled.metadata.shared), matmuls, instructions)
 
 
 def _nvidia(compiled: Any) -> tuple[int, int, int]:
@@ -423,6 +432,8 @@ def main() -> None:
     if arguments.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         arguments.json.write_text(json.dumps({"versions": versions, "kernels": [asdict(r) for r in rows]}, indent=1))
+    if faults := [fault for row in rows for fault in row.faults]:
+        sys.exit("\n".join(faults))
 
 
 if __name__ == "__main__":

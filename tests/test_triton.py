@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from longrope_kernels.backends.triton import configs, launch
 
+interpreted = pytest.mark.skipif(launch.interpreter_reason() is not None, reason=str(launch.interpreter_reason()))
 INTERPRETED = pathlib.Path(__file__).with_name("test_triton_interpreter.py")
 
 
@@ -29,16 +30,19 @@ def interpret(*arguments):
     return done.stdout
 
 
+@interpreted
 def test_interpreted_kernels_conform():
     assert " passed" in interpret("-m", "not slow", INTERPRETED)
 
 
+@interpreted
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_interpreted_kernels_conform_thoroughly():
     assert " passed" in interpret("-m", "slow", INTERPRETED)
 
 
+@interpreted
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_interpreted_kernels_pass_the_tests_of_caches_and_packed_batches():
@@ -65,6 +69,22 @@ def test_a_triton_that_does_not_know_the_gpu_says_which_does(monkeypatch):
     assert "Triton 3.2 knows no GPU of compute capability 12, expected 3.3" in backends.unavailable_reason("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert backends.unavailable_reason("triton") is None
+
+
+def test_a_gpu_before_ampere_is_named_with_what_was_expected(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "compute capability 7.5, expected 8.0 (Ampere)" in backends.unavailable_reason("triton")
+
+
+def test_an_old_interpreter_says_which_numpy_it_wants(monkeypatch):
+    monkeypatch.setattr(launch, "interpreting", lambda: True)
+    for triton_version, numpy_version in (((3, 6), "2.3.5"), ((3, 7), "2.4.6"), ((3, 5), "2.4.6")):
+        monkeypatch.setattr(launch, "TRITON", triton_version)
+        monkeypatch.setattr(launch.numpy, "__version__", numpy_version)
+        reason = backends.unavailable_reason("triton")
+        assert (reason is None) == (triton_version != (3, 5))
+    assert "Triton 3.5 cannot interpret with NumPy 2.4, expected NumPy before 2.4" in reason
 
 
 def test_is_first_for_gpu_tensors():

@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("launches are recorded here, not run", allow_module_level=True)
 
 from longrope_kernels.backends import triton
-from longrope_kernels.backends.triton import launch
+from longrope_kernels.backends.triton import configs, launch
 
 PLAIN = lk.RopeScaling(64, 1e4)
 LADDER = lk.LongRope(100, {100: PLAIN, 4000: PLAIN.replace(rescale_factors=[2.0] * 32, start_tokens=9)})
@@ -100,6 +100,18 @@ def test_attention_with_lengths_on_the_device_stays_there(launched, tokens):
     with DeviceOnly():
         lk.attention(query, key, key, LADDER, **bounds)
     assert launched
+
+
+def test_more_runs_of_keys_than_a_grid_has_programs_are_refused(launched):
+    query = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device="meta")
+    most = configs.MOST_SPLITS * configs.SPLIT_KEYS
+    lk.attention(query, *2 * [query.expand(-1, -1, most, -1)])
+    with pytest.raises(
+        ValueError, match=f"^key: got {most + 1} tokens beside 1 rows of queries, expected at most {most}"
+    ):
+        lk.attention(query, *2 * [query.expand(-1, -1, most + 1, -1)])
+    key = query.expand(-1, -1, most + 1, -1)
+    lk.attention(query.expand(-1, -1, 65, -1), key, key)
 
 
 def test_the_mode_refuses_what_a_capture_refuses():

@@ -10,7 +10,9 @@ import torch
 
 import longrope_kernels as lk
 from longrope_kernels import testing
+from longrope_kernels.backends import triton as triton_backend
 from longrope_kernels.backends.composed import gathered
+from longrope_kernels.bundles import Geometry, Pages
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
@@ -18,7 +20,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from longrope_kernels.backends.triton import pages
+from longrope_kernels.backends.triton import launch, pages, plans, plans_backward
+
+if reason := launch.interpreter_reason():
+    pytest.skip(reason, allow_module_level=True)
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -109,6 +114,13 @@ def test_offsets_past_32_bits():
             lk.attention(q[:, :, :queries], k, k, scaling(32), is_causal=False, backend="triton") for k in (far, near)
         )
         assert torch.equal(out, expected)
+    rotation = scaling(32).rotation(torch.zeros(1, dtype=torch.int32))
+    geometry = Geometry(None, None, None, None, None, 0.2, True, -1, -1, 0.0)
+    out, lse = triton_backend.attention(near, near, near, rotation, geometry)
+    grads, expected = (
+        triton_backend.attention_backward(x, None, x, x, x, out, lse, rotation, geometry, False) for x in (far, near)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
     assert torch.equal(*(lk.apply_rope(k, None, scaling(32), backend="triton")[0] for k in (far, near)))
 
 
@@ -425,6 +437,69 @@ def test_fp8_without_a_type_of_the_target_is_that_of_torch():
     assert torch.equal(wide[:256].nan_to_num(), exact.nan_to_num())
     expected = values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     assert torch.equal(bits, torch.where(values.isnan(), 127, expected))
+
+
+def own_pages(quantised, page_tokens):
+    """A cache of 2 sequences with room for 128 tokens, empty, and a page of nobody's behind those of each."""
+    columns = 128 // page_tokens
+    shape = (2 * columns + 2, 2, page_tokens, 32)
+    table = torch.arange(shape[0], dtype=torch.int32).view(2, -1)[:, :columns]
+    length = torch.zeros(2, dtype=torch.int64)
+    if not quantised:
+        return Pages(torch.zeros(shape), torch.zeros(shape), table, length)
+    stored = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[quantised]
+    key, value = torch.zeros(2, *shape, dtype=torch.uint8).view(stored)
+    scales = torch.zeros(*shape[:2], page_tokens // 64, 32), torch.zeros(shape[:3])
+    return Pages(key, value, table, length, *scales, torch.zeros(2, 2, 64, 32))
+
+
+@pytest.mark.parametrize(("quantised", "page_tokens"), [(False, 8), (False, 128), ("int8", 64), ("fp8", 128)])
+@pytest.mark.parametrize(("asked", "taken"), [((70, 5), (28, 5)), ((5, 90), (5, 70))], ids=["room", "tokens"])
+def test_an_append_past_the_room_or_the_tokens_at_hand_leaves_the_rest_alone(quantised, page_tokens, asked, taken):
+    """Straight to the backend, for on a GPU the host sees no counts to check: 100 tokens are held and 70 at hand."""
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 2, 2, 100, 32)
+    held = []
+    for counts in (asked, taken):
+        pages = own_pages(quantised, page_tokens)
+        triton_backend.cache_append(key, value, pages, torch.tensor([100, 3]))
+        pages.length.copy_(torch.tensor([100, 3]))
+        triton_backend.cache_append(key[:, :, :70], value[:, :, :70], pages, torch.tensor(counts))
+        held.append(pages)
+    for name in ("key", "value", "key_scale", "value_scale", "key_tail"):
+        fields = [getattr(pages, name) for pages in held]
+        assert fields[0] is None or testing.same_bits(*fields), name
+
+
+def guarded(like):
+    """Memory for a tensor of that shape, and a number behind it that nobody may write."""
+    memory = torch.full((like.numel() + 4096,), 77.0, dtype=like.dtype)
+    return memory[: like.numel()].view(like.shape), memory[like.numel() :]
+
+
+def test_lengths_past_the_operands_write_nothing_behind_them():
+    """Gradients of padded keys, and the scratch copy of a packed batch, whose lengths the device alone knows."""
+    q, k, v = operands(1, 2, 1, 50, 60, 32)
+    rotation = scaling(32).rotation(torch.zeros(2, dtype=torch.int32))
+    key_length = torch.tensor([90])
+    geometry = Geometry(None, None, torch.tensor([10]), None, key_length, 0.2, False, -1, -1, 0.0)
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:-1])
+    launches = plans_backward.attention_backward(q, None, q, k, v, out, lse, rotation, geometry, False, "interpreter")[
+        2
+    ]
+    behind = []
+    for step in launches:
+        for name in {"grad_key", "grad_value"} & set(step.arguments):
+            step.arguments[name], guard = guarded(k)
+            behind.append(guard)
+        if step.name != "backward_query_kernel":  # it writes rows of queries, of which there are no more
+            step.run()
+    packed = torch.tensor([0, 40]), torch.tensor([40, 60])
+    copy, step = plans.rotate(q, rotation, None, torch.zeros(2, dtype=torch.int64), False, "interpreter", True, packed)
+    step.arguments["out"], guard = guarded(copy)
+    step.run()
+    assert len(behind) == 2
+    assert all(bool((guard == 77).all()) for guard in (*behind, guard))
 
 
 def test_an_empty_cache_gives_zero():

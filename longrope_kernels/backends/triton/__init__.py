@@ -40,17 +40,17 @@ def unavailable_reason() -> str | None:
     from . import launch
 
     if launch.interpreting():
-        return None
+        return launch.interpreter_reason()
     if not torch.cuda.is_available():
         return "no GPU that torch can use, and TRITON_INTERPRET is not set"
     if torch.version.hip:
         return None
-    generation = torch.cuda.get_device_capability()[0]
-    if generation < 8:
-        return "the GPU is older than Ampere"
-    if generation >= 10 and launch.TRITON < launch.BLACKWELL:
-        had, needed = (".".join(map(str, version)) for version in (launch.TRITON, launch.BLACKWELL))
-        return f"Triton {had} knows no GPU of compute capability {generation}, expected {needed} or newer"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"the GPU has compute capability {launch.dotted(capability)}, expected 8.0 (Ampere) or newer"
+    if capability >= (10, 0) and launch.TRITON < launch.BLACKWELL:
+        had, needed = map(launch.dotted, (launch.TRITON, launch.BLACKWELL))
+        return f"Triton {had} knows no GPU of compute capability {capability[0]}, expected {needed} or newer"
     return None
 
 

@@ -43,6 +43,16 @@ def rounded(x, like, AXIS: tl.constexpr):
 
 
 @triton.jit
+def new_span(length, count, b, tokens, room):
+    """Indices [before, after), int32, of what is new. What a count has past the tokens at hand, or past the room of the
+    sequence's pages, which the host does not see, is left out: behind them are the pages of others.
+    """
+    before = tl.load(length + b)
+    after = tl.minimum(before + tl.minimum(tl.load(count + b), tokens), room)
+    return before.to(tl.int32), after.to(tl.int32)
+
+
+@triton.jit
 def append_kernel(
     key,
     value,
@@ -69,6 +79,8 @@ def append_kernel(
     table_stride,
     page_tokens,
     key_heads,
+    tokens,
+    room,
     groups,
     HEAD_DIM: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
@@ -77,8 +89,7 @@ def append_kernel(
     program = tl.program_id(0)
     head = ((program // groups) % key_heads).to(tl.int64)
     b = (program // groups // key_heads).to(tl.int64)
-    before = tl.load(length + b).to(tl.int32)
-    after = before + tl.load(count + b).to(tl.int32)
+    before, after = new_span(length, count, b, tokens, room)
     first = (before // KEY_GROUP + program % groups) * KEY_GROUP
     if first < after:
         index = first + tl.arange(0, KEY_GROUP)
@@ -122,14 +133,15 @@ def tail_kernel(
     key_head_stride,
     key_token_stride,
     key_heads,
+    tokens,
+    room,
     HEAD_DIM: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = (program % key_heads).to(tl.int64)
     b = (program // key_heads).to(tl.int64)
-    before = tl.load(length + b).to(tl.int32)
-    after = before + tl.load(count + b).to(tl.int32)
+    before, after = new_span(length, count, b, tokens, room)
     index = tl.maximum(before, after - KEY_GROUP) + tl.arange(0, KEY_GROUP)
     new = index < after
     source = key + b * key_batch_stride + head * key_head_stride + (index - before).to(tl.int64) * key_token_stride

@@ -145,6 +145,11 @@ def read(pages: Tensor, target: str) -> Tensor:
     return pages if has_fp8(target) else written(pages)
 
 
+def room(pages: Pages) -> int:
+    """Return how many tokens the pages of a sequence hold."""
+    return pages.page_tokens * pages.block_table.shape[1]
+
+
 def cache_arguments(pages: Pages | None, config: Config) -> dict[str, Any]:
     """Return what says how a kernel reads keys from a cache, or that it does not."""
     if pages is None:
@@ -158,6 +163,7 @@ def cache_arguments(pages: Pages | None, config: Config) -> dict[str, Any]:
         "key_tail": pages.key_tail,
         "table_stride": table.stride(0),
         "page_tokens": pages.page_tokens,
+        "room": room(pages),
         "ONE_PAGE": pages.page_tokens % config.keys == 0 or table.shape[1] == 1,
     }
 

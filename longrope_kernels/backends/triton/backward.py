@@ -386,7 +386,6 @@ def walk_rows_for_key(
     query_index,
     key_length,
     head,
-    group,
     query_tokens,
     count,
     window_left,
@@ -394,6 +393,7 @@ def walk_rows_for_key(
     scale_log2,
     cap_slope,
     cap_log2,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_ROPE: tl.constexpr,
     HAS_REST: tl.constexpr,
@@ -408,9 +408,9 @@ def walk_rows_for_key(
 ):
     for first in tl.range(begin, end, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
-        token = row // group
+        token = row // GROUP
         in_rows = token < count
-        query_rows = query + row_offsets(row, head, group, query_head_stride, query_token_stride)
+        query_rows = query + row_offsets(row, head, GROUP, query_head_stride, query_token_stride)
         q_a = k_a
         q_b = k_b
         q_rest = k_rest
@@ -418,9 +418,9 @@ def walk_rows_for_key(
             q_a, q_b = load_pairs(query_rows, in_rows, PAIR_BLOCK, PAIR_BLOCK, False, MASKED)
         if HAS_REST:
             q_rest = load_dims(query_rows, in_rows, 2 * PAIR_BLOCK, REST_BLOCK, REST_BLOCK, MASKED)
-        grad_rows = grad_out + row_offsets(row, head, group, grad_out_head_stride, grad_out_token_stride)
+        grad_rows = grad_out + row_offsets(row, head, GROUP, grad_out_head_stride, grad_out_token_stride)
         g = load_dims(grad_rows, in_rows, 0, HEAD_DIM, VALUE_BLOCK, MASKED)
-        place = (row % group).to(tl.int64) * query_tokens + token
+        place = (row % GROUP).to(tl.int64) * query_tokens + token
         visible = None
         if MASKED:
             row_lse = tl.load(lse + place, mask=in_rows, other=0.0)
@@ -488,7 +488,7 @@ def backward_key_kernel(
     grad_value_token_stride,
     key_positions_stride,
     key_heads,
-    group,
+    key_tokens,  # slots of key: nothing is written past them, whatever length the device was told
     query_tokens,
     key_blocks,
     window_left,
@@ -497,6 +497,7 @@ def backward_key_kernel(
     scale_log2,
     cap_slope,
     cap_log2,
+    GROUP: tl.constexpr,  # query heads of a key head: rows are divided by it in the loop
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
@@ -530,9 +531,9 @@ def backward_key_kernel(
         if key_block < 0:
             return
 
-    length = tl.load(key_length + b)
     query_index = tl.load(query_start + b)
     first_key = tl.load(key_start + b)
+    length = tl.minimum(tl.load(key_length + b), key_tokens - first_key)
     first = key_block * BLOCK_KEYS
     index = first + tl.arange(0, BLOCK_KEYS)
     inside = index < length
@@ -549,24 +550,28 @@ def backward_key_kernel(
         all_begin = tl.minimum(tl.maximum(last - window_right - query_index, 0), count)
     if HAS_LEFT:
         some_end = tl.minimum(tl.maximum(last + window_left + 1 - query_index, 0), count)
-        all_end = tl.minimum(tl.maximum(first + window_left + 1 - query_index, 0), count)
+        all_end = tl.minimum(tl.maximum(first - query_index + window_left + 1, 0), count)
     if first >= length:
         some_end = some_begin
     if last - first + 1 < BLOCK_KEYS:
         # The last block of a sequence reaches past its end, and is masked throughout.
         all_end = all_begin
-    begin = (some_begin * group).to(tl.int32) // BLOCK_ROWS * BLOCK_ROWS
-    end = (some_end * group).to(tl.int32)
-    full_begin = ((all_begin * group).to(tl.int32) + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
-    full_end = (all_end * group).to(tl.int32) // BLOCK_ROWS * BLOCK_ROWS
+    begin = (some_begin * GROUP).to(tl.int32) // BLOCK_ROWS * BLOCK_ROWS
+    end = (some_end * GROUP).to(tl.int32)
+    full_begin = ((all_begin * GROUP).to(tl.int32) + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
+    full_end = (all_end * GROUP).to(tl.int32) // BLOCK_ROWS * BLOCK_ROWS
     whole = full_end > full_begin
     full_begin = tl.where(whole, full_begin, begin)
     full_end = tl.where(whole, full_end, begin)
 
     head_offset = head.to(tl.int64)
-    slot = first_key + index
+    # Rows are the block's first and the number of a key behind it: 64 bits a key would stay in registers for the end.
+    slot = first_key + first
+    behind = tl.arange(0, BLOCK_KEYS).to(tl.int64)
     key_rows = key + outer * key_batch_stride + head_offset * key_head_stride + slot * key_token_stride
+    key_rows += behind * key_token_stride
     value_rows = value + outer * value_batch_stride + head_offset * value_head_stride + slot * value_token_stride
+    value_rows += behind * value_token_stride
     v = load_dims(value_rows, inside, 0, HEAD_DIM, VALUE_BLOCK, True)
     k_a = scale
     k_b = scale
@@ -582,7 +587,7 @@ def backward_key_kernel(
         k_rest = load_dims(key_rows, inside, 2 * PAIR_BLOCK, REST_BLOCK, REST_BLOCK, True)
         grad_rest = tl.zeros((BLOCK_KEYS, REST_BLOCK), tl.float32)
     grad_v = tl.zeros((BLOCK_KEYS, VALUE_BLOCK), tl.float32)
-    first_query_row = (outer * key_heads + head) * group * query_tokens + first_token
+    first_query_row = (outer * key_heads + head) * GROUP * query_tokens + first_token
     for part in tl.static_range(3):
         if part == 0:
             from_row = begin
@@ -616,7 +621,6 @@ def backward_key_kernel(
             query_index,
             length,
             head,
-            group,
             query_tokens,
             count,
             window_left,
@@ -624,6 +628,7 @@ def backward_key_kernel(
             scale_log2,
             cap_slope,
             cap_log2,
+            GROUP,
             HEAD_DIM,
             HAS_ROPE,
             HAS_REST,
@@ -638,16 +643,16 @@ def backward_key_kernel(
         )
 
     target = grad_value + outer * grad_value_batch_stride + head_offset * grad_value_head_stride
-    store_dims(target + slot * grad_value_token_stride, inside, grad_v, 0, HEAD_DIM, VALUE_BLOCK)
-    target = (
-        grad_key + outer * grad_key_batch_stride + head_offset * grad_key_head_stride + slot * grad_key_token_stride
-    )
+    target += slot * grad_value_token_stride
+    store_dims(target + behind * grad_value_token_stride, inside, grad_v, 0, HEAD_DIM, VALUE_BLOCK)
+    target = grad_key + outer * grad_key_batch_stride + head_offset * grad_key_head_stride
+    target += slot * grad_key_token_stride + behind * grad_key_token_stride
     if HAS_ROPE:
         grad_a *= scale
         grad_b *= scale
         at = index.to(tl.int64)
         if HAS_KEY_POSITIONS:
-            at = tl.load(key_positions + outer * key_positions_stride + slot, mask=inside, other=0)
+            at = tl.load(key_positions + outer * key_positions_stride + slot + behind, mask=inside, other=0)
         regime = tl.load(regime_index + b)
         start = tl.load(start_tokens + regime)
         if WANT_TURNS:

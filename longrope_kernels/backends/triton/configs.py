@@ -41,6 +41,7 @@ class Config:
 # Keys of a run of split-key attention, counted from a sequence's first key. 512 keys of bf16 and head_dim 128 are
 # 256 kB, a partial result of 8 rows is 4 kB, and 128k keys with 8 key heads make 2,048 programs.
 SPLIT_KEYS = 512
+MOST_SPLITS = 2**16 - 1  # programs along a grid's second axis
 # Up to this many rows (query tokens x query heads that share a key head) keys are split: one row block sees them all.
 SPLIT_ROWS = 64
 # Keys are rotated in the tile up to this many rows, see `rotates_in_tile`.
@@ -49,7 +50,8 @@ IN_TILE_ROWS = 256
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter")
 TABLE = pathlib.Path(__file__).with_name("configs.json")
 DESCRIPTOR_TARGETS = ("sm_90", "sm_100", "interpreter")  # whose hardware has them, and what imitates it
-# Chips that run the tiles of another row: Ada and generation 12 have Ampere's shared memory and instructions.
+# Chips that run the tiles of another row: Ada and generation 12 have the instructions of Ampere, and the shared memory
+# of sm_86, 99 KB a program, which the row of sm_80 keeps to.
 TILES_OF = {"sm_89": "sm_80"}
 _FP8_TARGETS = ("sm_89", "sm_90", "sm_100")  # those that convert e4m3 themselves
 WIDTHS = (64, 128, 256, 512)  # head widths of the table: the smallest that holds the head is taken

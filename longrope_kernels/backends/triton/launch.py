@@ -13,13 +13,27 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 import triton
 
 from .configs import Config
 
-TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def dotted(version: tuple[int, ...]) -> str:
+    """Return a version as it is written."""
+    return ".".join(map(str, version))
+
+
+TRITON = _version(triton.__version__)
 BLACKWELL = (3, 3)  # the first Triton whose assembler knows GPUs of compute capability 10 and up
+# NumPy 2.4 no longer makes a number of an array of one element; this Triton's interpreter is the first not to ask.
+NUMPY = (2, 4)
+INTERPRETS_WITH_NUMPY = (3, 7)
 
 
 @dataclass
@@ -67,6 +81,15 @@ def interpreting() -> bool:
     return not isinstance(forward_kernel, triton.runtime.JITFunction)
 
 
+def interpreter_reason() -> str | None:
+    """Return why Triton's interpreter cannot run the kernels here, or None."""
+    numpy_has = _version(numpy.__version__)
+    if TRITON >= INTERPRETS_WITH_NUMPY or numpy_has < NUMPY:
+        return None
+    had, wanted = dotted(numpy_has), dotted(NUMPY)
+    return f"Triton {dotted(TRITON)} cannot interpret with NumPy {had}, expected NumPy before {wanted}"
+
+
 def target_of(device: torch.device) -> str:
     """Return what a device is to the configurations: one of `configs.TARGETS` or `configs.TILES_OF`."""
     if device.type != "cuda":
@@ -79,7 +102,7 @@ def _target_of_index(index: int) -> str:
     if torch.version.hip:
         return "gfx942"
     capability = torch.cuda.get_device_capability(index)
-    # Consumer GPUs of generation 12 have Ampere's shared memory and instructions, not those of sm_100.
+    # Consumer GPUs of generation 12 have the instructions of Ampere and the shared memory of sm_86, not sm_100's.
     return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_89" if capability >= (8, 9) else "sm_80")
 
 

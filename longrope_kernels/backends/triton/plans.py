@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...bundles import KEY_GROUP, Geometry, Packing, Pages, Rotation
+from ...errors import refuse
 from . import configs
 from .append import append_kernel, tail_kernel
 from .arguments import (
@@ -22,6 +23,7 @@ from .arguments import (
     head_constants,
     packed_view,
     read,
+    room,
     strides,
     tables,
     unit_last,
@@ -133,8 +135,10 @@ def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> lis
         "count": count.contiguous(),
         **strides("key", key),
         "key_heads": key_heads,
+        "tokens": tokens,
         "HEAD_DIM": head_dim,
         "VALUE_BLOCK": pad(head_dim),
+        **cache_arguments(pages, config),
     }
     arguments = shared | {
         "value": value,
@@ -143,13 +147,12 @@ def cache_append(key: Tensor, value: Tensor, pages: Pages, count: Tensor) -> lis
         "value_pages": written(pages.value),
         **strides("key_pages", pages.key),
         **strides("value_pages", pages.value),
-        **cache_arguments(pages, config),
         "groups": groups,
     }
     programs = batch * key_heads if tokens else 0
     launches = [Launch(append_kernel, (programs * groups,), arguments, config)]
     if pages.quantised:
-        launches.append(Launch(tail_kernel, (programs,), shared | {"key_tail": pages.key_tail}, config))
+        launches.append(Launch(tail_kernel, (programs,), shared, config))
     return launches
 
 
@@ -188,8 +191,11 @@ def _split(
         config = configs.decode(target, row_width(query, rotation), query.element_size(), _format(pages))
     else:
         config = configs.forward_split(target, row_width(query, rotation), query.element_size(), rows)
-    key_tokens = key.shape[2] if pages is None else pages.page_tokens * pages.block_table.shape[1]
+    key_tokens = key.shape[2] if pages is None else room(pages)
     splits = max(1, -(-key_tokens // configs.SPLIT_KEYS))
+    if splits > configs.MOST_SPLITS:
+        what = f"{key_tokens} tokens beside {rows} rows of queries"
+        refuse("key", what, f"at most {configs.MOST_SPLITS * configs.SPLIT_KEYS} where so few rows split the keys")
     partial = query.new_empty((batch, key_heads, splits, rows, head_dim), dtype=torch.float32)
     partial_lse = query.new_empty((batch, key_heads, splits, rows), dtype=torch.float32)
     arguments = attention_arguments(query, key, value, rotation, geometry, sequences, config)

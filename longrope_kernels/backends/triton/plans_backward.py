@@ -186,6 +186,7 @@ def _plan(
     arguments = attention_arguments(rotated_query, rotated_key, value, rotation, geometry, sequences, config)
     key_blocks, blocks = sequences.key_blocks(key_tokens, config.keys)
     arguments |= shared | blocks | {"key_blocks": key_blocks, "grad_key": grad_key, "grad_value": grad_value}
+    arguments |= {"key_tokens": key_tokens, "GROUP": group}
     arguments |= {**strides("grad_key", grad_key), **strides("grad_value", grad_value)}
     arguments |= {"grad_turns": sums(key_blocks, blocks["block_sequence"])}
     launches.append(Launch(backward_key_kernel, (batch * key_heads * key_blocks,), arguments, config))

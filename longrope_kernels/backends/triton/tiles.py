@@ -122,6 +122,8 @@ def place_of(entry, sequence, blocks, tokens, slots, counts, block_sequence, blo
     A packed batch names the sequence and the block of each entry (plans.schedule), and its operands have one outer
     index. Otherwise blocks count down: the last rows see the most keys under a causal mask, they go first, and short
     programs fill the end.
+
+    Counts past the operand's tokens, which the host does not see, end with them.
     """
     if block_sequence is None:
         outer = sequence.to(tl.int64)
@@ -134,7 +136,7 @@ def place_of(entry, sequence, blocks, tokens, slots, counts, block_sequence, blo
         b = tl.load(block_sequence + entry).to(tl.int64)
         block = tl.load(block_index + entry)
         first_token = tl.load(slots + b)
-        count = tl.load(counts + b).to(tl.int32)
+        count = tl.minimum(tl.load(counts + b), tokens - first_token).to(tl.int32)
     return outer, b, block, first_token, count
 
 
