@@ -22,7 +22,7 @@
 //                                ldmatrix.x4: lane l gives the address of row l % 8 of matrix l / 8
 //   multiply_add<T>              mma.m16n8k16: d[4] += a[4] b[2], fp32 accumulators
 //   exp2_fast                    ex2.approx.ftz, 2 ulp
-//   reciprocal_fast              rcp.approx.ftz, 1 ulp
+//   divide_fast                  by rcp.approx.ftz, 2 ulp; exact in Hopper's own kernels
 //   anew                         its argument; what is made of it is made here and not kept in registers from before
 //   pack<T> unpack<T>            two T in a word
 //   subtract<T>                  of two T in a word each, to nearest even

@@ -30,7 +30,7 @@ LONGROPE_DEVICE float quad_sum(float x) {
 // tanh to a few units in the last place of 1: 1 - 2 / (1 + e^2|x|), and its series where that cancels.
 LONGROPE_DEVICE float tanh_fast(float x) {
     const float magnitude = x < 0.0f ? -x : x, square = x * x;
-    const float far = 1.0f - 2.0f * reciprocal_fast(1.0f + exp2_fast(magnitude * (2.0f * kLog2E)));
+    const float far = 1.0f - divide_fast(2.0f, 1.0f + exp2_fast(magnitude * (2.0f * kLog2E)));
     const float near = magnitude * (1.0f + square * (-0.33333333f + square * (0.13333333f + square * (-0.053968254f))));
     const float y = magnitude < 0.15f ? near : far;
     return x < 0.0f ? -y : y;

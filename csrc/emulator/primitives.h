@@ -208,9 +208,8 @@ inline float exp2_fast(float x) {
     return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f : y;
 }
 
-inline float reciprocal_fast(float x) {
-    const float y = 1.0f / x;
-    return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f : y;
+inline float divide_fast(float x, float by) {
+    return x / by;
 }
 
 inline uint32_t anew(uint32_t x) {
