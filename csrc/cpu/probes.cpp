@@ -106,13 +106,6 @@ double read_rate(int threads, int64_t bytes, const Read& read) {
 
 #if defined(LONGROPE_X86)
 
-#define FMA_OF(n, line) "vfmadd231ps %%zmm" #line ", %%zmm31, %%zmm" #n "\n"
-#define FMA_OF_LINES                                                                                                \
-    FMA_OF(0, 20)                                                                                                   \
-    FMA_OF(1, 21)                                                                                                   \
-    FMA_OF(2, 22) FMA_OF(3, 23) FMA_OF(4, 24) FMA_OF(5, 25) FMA_OF(6, 26) FMA_OF(7, 27) FMA_OF(8, 20) FMA_OF(9, 21) \
-        FMA_OF(10, 22) FMA_OF(11, 23) FMA_OF(12, 24) FMA_OF(13, 25) FMA_OF(14, 26) FMA_OF(15, 27) FMA_OF(16, 20)    \
-            FMA_OF(17, 21) FMA_OF(18, 22) FMA_OF(19, 23)
 #define CLOBBER_LINES "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27"
 
 // Four lines of the first half, four of the second, 20 `groups` multiply-adds of what they hold; and so on.
@@ -126,7 +119,29 @@ __attribute__((target("avx512f"))) uint64_t read_and_multiply(const char* first,
             :
             : "r"(first), "r"(second)
             : CLOBBER_LINES);
-        for (int i = 0; i < groups; ++i) asm volatile(FMA_OF_LINES::: CLOBBER_512, CLOBBER_LINES);
+        for (int i = 0; i < groups; ++i)
+            asm volatile(
+                "vfmadd231ps %%zmm20, %%zmm31, %%zmm0\n"
+                "vfmadd231ps %%zmm21, %%zmm31, %%zmm1\n"
+                "vfmadd231ps %%zmm22, %%zmm31, %%zmm2\n"
+                "vfmadd231ps %%zmm23, %%zmm31, %%zmm3\n"
+                "vfmadd231ps %%zmm24, %%zmm31, %%zmm4\n"
+                "vfmadd231ps %%zmm25, %%zmm31, %%zmm5\n"
+                "vfmadd231ps %%zmm26, %%zmm31, %%zmm6\n"
+                "vfmadd231ps %%zmm27, %%zmm31, %%zmm7\n"
+                "vfmadd231ps %%zmm20, %%zmm31, %%zmm8\n"
+                "vfmadd231ps %%zmm21, %%zmm31, %%zmm9\n"
+                "vfmadd231ps %%zmm22, %%zmm31, %%zmm10\n"
+                "vfmadd231ps %%zmm23, %%zmm31, %%zmm11\n"
+                "vfmadd231ps %%zmm24, %%zmm31, %%zmm12\n"
+                "vfmadd231ps %%zmm25, %%zmm31, %%zmm13\n"
+                "vfmadd231ps %%zmm26, %%zmm31, %%zmm14\n"
+                "vfmadd231ps %%zmm27, %%zmm31, %%zmm15\n"
+                "vfmadd231ps %%zmm20, %%zmm31, %%zmm16\n"
+                "vfmadd231ps %%zmm21, %%zmm31, %%zmm17\n"
+                "vfmadd231ps %%zmm22, %%zmm31, %%zmm18\n"
+                "vfmadd231ps %%zmm23, %%zmm31, %%zmm19\n" ::
+                    : CLOBBER_512, CLOBBER_LINES);
     }
     return 1;
 }
