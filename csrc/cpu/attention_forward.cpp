@@ -222,7 +222,7 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& pac
                 std::min(kKeyBlock, (static_cast<int>(std::min<int64_t>(high, kKeyBlock)) + kPanelKeys - 1) /
                                         kPanelKeys * kPanelKeys);
             for (int c = begin; c < end; c += kPanelKeys)
-                tile<Math, kTileVectors>(w.query.get() + row * packed.key_steps, packed.key_steps,
+                tile<Math, kTileVectors>(w.query.get() + row * packed.key_steps, packed.key_steps, 1,
                                          keys + c * packed.key_steps, static_cast<int>(packed.key_steps),
                                          w.scores.get() + c, kKeyBlock, nullptr);
             float scales[kTileRows];
@@ -231,7 +231,7 @@ void attend_rows(const AttentionParams& p, const Packed<T, Math, kKeyBlock>& pac
                 reinterpret_cast<const Element*>(w.probabilities.get()) + begin / Math::kStep;
             for (int panel = 0; panel < packed.panels.panels; ++panel) {
                 const int first = packed.panels.first(panel) * kLanes, width = packed.panels.width(panel);
-                tile_of<Math>(width, probabilities, kKeyBlock / Math::kStep,
+                tile_of<Math>(width, probabilities, kKeyBlock / Math::kStep, 1,
                               values + packed.value_steps * first + int64_t{begin / Math::kStep} * width * kLanes,
                               (end - begin) / Math::kStep, w.out.get() + row * columns + first, columns, scales);
             }

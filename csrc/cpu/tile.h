@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 
+#include "memory.h"
 #include "vec.h"
 
 namespace longrope {
@@ -39,9 +40,9 @@ struct Bf16Math {
 // Not inlined: inside its caller GCC 12 spills accumulators, and the whole kernel loses a third of its speed
 // (measured). sums[r][n] = sum over steps of a[r][step] * panel[step][n], with `scales` plus scales[r] * sums[r][n]:
 // added at the end, because one chain of fp32 additions over all keys of a long sequence loses more (1.6 times at
-// 2,500).
+// 2,500). `a_row` and `a_step` are elements between the rows and between the steps of a.
 template <class Math, int N>
-__attribute__((noinline)) void tile(const typename Math::Element* a, int64_t a_stride,
+__attribute__((noinline)) void tile(const typename Math::Element* a, int64_t a_row, int64_t a_step,
                                     const typename Math::Element* panel, int steps, float* sums, int64_t sums_stride,
                                     const float* scales) {
     vf acc[kTileRows][N];
@@ -49,13 +50,13 @@ __attribute__((noinline)) void tile(const typename Math::Element* a, int64_t a_s
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) acc[r][n] = splat(0.0f);
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps; ++step, a += a_step) {
         typename Math::Vector b[N];
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) b[n] = Math::load_operand(panel + (int64_t{step} * N + n) * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kTileRows; ++r) {
-            const typename Math::Element x = a[r * a_stride + step];
+            const typename Math::Element x = a[r * a_row];
 #pragma GCC unroll 8
             for (int n = 0; n < N; ++n) acc[r][n] = Math::multiply_add(acc[r][n], x, b[n]);
         }
@@ -70,19 +71,19 @@ __attribute__((noinline)) void tile(const typename Math::Element* a, int64_t a_s
 }
 
 template <class Math>
-void tile_of(int vectors, const typename Math::Element* a, int64_t a_stride, const typename Math::Element* panel,
-             int steps, float* sums, int64_t sums_stride, const float* scales) {
+void tile_of(int vectors, const typename Math::Element* a, int64_t a_row, int64_t a_step,
+             const typename Math::Element* panel, int steps, float* sums, int64_t sums_stride, const float* scales) {
     static_assert(kTileVectors <= 4, "add a case");
     switch (vectors) {
         case 1:
-            return tile<Math, 1>(a, a_stride, panel, steps, sums, sums_stride, scales);
+            return tile<Math, 1>(a, a_row, a_step, panel, steps, sums, sums_stride, scales);
         case 2:
-            return tile<Math, 2>(a, a_stride, panel, steps, sums, sums_stride, scales);
+            return tile<Math, 2>(a, a_row, a_step, panel, steps, sums, sums_stride, scales);
 #if defined(__AVX512F__)
         case 3:
-            return tile<Math, 3>(a, a_stride, panel, steps, sums, sums_stride, scales);
+            return tile<Math, 3>(a, a_row, a_step, panel, steps, sums, sums_stride, scales);
         default:
-            return tile<Math, 4>(a, a_stride, panel, steps, sums, sums_stride, scales);
+            return tile<Math, 4>(a, a_row, a_step, panel, steps, sums, sums_stride, scales);
 #endif
     }
 }
@@ -127,12 +128,33 @@ struct Packed {
         }
     }
 
+    // kLanes steps of a row from `row` on.
+    static auto lanes_of(const T* row) {
+        if constexpr (Math::kStep == 1) {
+            return widen_lanes(row);
+        } else {
+            return load<vi>(row);
+        }
+    }
+
     // rows: Keys rotated keys of head_dim elements each, contiguous.
     void pack_keys(const T* rows, int64_t head_dim, Element* to) const {
-        for (int first = 0; first < Keys; first += kPanelKeys)
-            for (int64_t step = 0; step < key_steps; ++step)
-                for (int k = 0; k < kPanelKeys; ++k)
-                    to[first * key_steps + step * kPanelKeys + k] = join(rows + (first + k) * head_dim, step, head_dim);
+        const int64_t whole = head_dim / (Math::kStep * kLanes) * kLanes;  // steps that fill vectors
+        for (int first = 0; first < Keys; first += kPanelKeys, to += kPanelKeys * key_steps)
+            for (int k = 0; k < kPanelKeys; k += kLanes) {
+                const T* from = rows + (first + k) * head_dim;
+                for (int64_t step = 0; step < whole; step += kLanes) {
+                    decltype(lanes_of(from)) block[kLanes];
+#pragma GCC unroll 16
+                    for (int i = 0; i < kLanes; ++i) block[i] = lanes_of(from + i * head_dim + step * Math::kStep);
+                    transpose(block);
+#pragma GCC unroll 16
+                    for (int i = 0; i < kLanes; ++i) store(to + (step + i) * kPanelKeys + k, block[i]);
+                }
+                for (int64_t step = whole; step < key_steps; ++step)
+                    for (int i = 0; i < kLanes; ++i)
+                        to[step * kPanelKeys + k + i] = join(from + i * head_dim, step, head_dim);
+            }
     }
 
     // `count` values at `rows`, `stride` elements apart; the rest of the block is zero.
@@ -171,13 +193,41 @@ struct AlignedDelete {
 template <class T>
 using Buffer = std::unique_ptr<T[], AlignedDelete>;
 
+// From 2 MiB on in huge pages, where the system has them: fewer faults, and lines that share no sets of the L2 cache as
+// long as they fit it.
 template <class T>
 Buffer<T> allocate(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
-    void* p = std::aligned_alloc(64, bytes);
+    constexpr size_t kHuge = size_t{1} << 21;
+    const size_t bytes = static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T);
+    const size_t unit = bytes >= kHuge ? kHuge : 64;
+    const size_t rounded = (bytes + unit - 1) / unit * unit;
+    void* p = std::aligned_alloc(unit, rounded);
     if (p == nullptr) throw std::bad_alloc();
+    if (unit == kHuge) advise_huge_pages(p, static_cast<int64_t>(rounded));
     return Buffer<T>(static_cast<T*>(p));
 }
+
+// Buffers one after another in one allocation: `lay_out(pieces)` takes them, first to learn how much they need.
+class Pieces {
+  public:
+    template <class T>
+    void take(T** piece, int64_t count) {
+        *piece = memory_ ? reinterpret_cast<T*>(memory_.get() + used_) : nullptr;
+        used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    }
+
+    template <class LayOut>
+    void allocate_for(const LayOut& lay_out) {
+        lay_out(*this);
+        memory_ = allocate<char>(used_);
+        used_ = 0;
+        lay_out(*this);
+    }
+
+  private:
+    Buffer<char> memory_;
+    int64_t used_ = 0;
+};
 
 }  // namespace
 }  // namespace longrope

@@ -202,6 +202,26 @@ inline V lane_sums(const V* v) {
     return level[0];
 }
 
+// Lane i of rows[j] and lane j of rows[i] change places, for kLanes rows.
+template <class V>
+inline void transpose(V* rows) {
+#pragma GCC unroll 4
+    for (int half = 1; half < kLanes; half *= 2) {
+        vi upper, lower;  // the blocks off the diagonal change places
+        for (int j = 0; j < kLanes; ++j) {
+            upper[j] = j & half ? kLanes + j - half : j;
+            lower[j] = j & half ? kLanes + j : j + half;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+            if (i & half) continue;
+            const V above = rows[i], below = rows[i + half];
+            rows[i] = __builtin_shuffle(above, below, upper);
+            rows[i + half] = __builtin_shuffle(above, below, lower);
+        }
+    }
+}
+
 struct BFloat16 {
     uint16_t bits;
 };
