@@ -51,14 +51,11 @@ struct Part {
 };
 
 Part keys_seen(const AttentionParams& f, int64_t b, int64_t first, int64_t last) {
-    Part part{first, last, std::numeric_limits<int64_t>::max(), 0};
-    for (const int64_t row : {first, last - 1}) {  // low and high rise with the row
-        int64_t low, high;
-        visible_keys(f, b, row, &low, &high);
-        part.first_block = std::min(part.first_block, low / kKeys);
-        part.last_block = std::max(part.last_block, (high + kKeys - 1) / kKeys);
-    }
-    return part;
+    int64_t least, most, unused;  // both rise with the row, of rows that see nothing beyond the last key too
+    visible_keys(f, b, first, &least, &unused);
+    visible_keys(f, b, last - 1, &unused, &most);
+    const int64_t keys = f.key_length[b];
+    return {first, last, std::min(least, keys) / kKeys, (std::min(most, keys) + kKeys - 1) / kKeys};
 }
 
 // The parts of every sequence, by the scores that are visible: of equal shares, more of them the longer the sequence.
