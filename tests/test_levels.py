@@ -111,3 +111,20 @@ def test_the_gradient_of_the_factors_is_that_of_float64(dtype, tolerance, offset
     exact = gradient("reference", torch.float64)
     tolerance += 3e-8 * offset  # positions multiply the rounding of fp32 gradients: what is left where both cancel
     assert (gradient("cpu", dtype) - exact).norm() <= tolerance * exact.norm()
+
+
+BEYOND = {  # query_start, key_length and window of sequences whose queries see nothing, or only some of them do
+    "past the last key": ([500, 0], [20, 200], 21),
+    "at the last key": ([0, 180], [190, 200], 30),
+    "no keys": ([0, 400], [0, 0], 150),
+    "before the first key": ([-300, -100], [200, 200], None),
+}
+
+
+@every_level
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BEYOND)
+def test_queries_that_see_nothing_add_nothing_to_any_gradient(case, dtype):
+    start, length, window = BEYOND[case]
+    options = {"query_start": torch.tensor(start), "key_length": torch.tensor(length), "window": window}
+    testing.check_gradients(lk.attention, testing.Problem(*operands(dtype), SCALING, options))

@@ -194,9 +194,9 @@ struct Task {
             if (high[local] <= low[local]) continue;
             const T* out = row_of<T>(f.out, b, head, row);
             const T* gradient = row_of<T>(p.grad_out, b, head, row);
-            float sum = 0.0f;
-            for (int64_t c = 0; c < d; ++c) sum += widen(gradient[c]) * widen(out[c]);
-            delta[local] = sum - p.grad_lse[sum_at];
+            double sum = 0.0;  // D is taken from every dP of the row: what it loses, all of them lose
+            for (int64_t c = 0; c < d; ++c) sum += static_cast<double>(widen(gradient[c])) * widen(out[c]);
+            delta[local] = static_cast<float>(sum - p.grad_lse[sum_at]);
             to_steps(gradient, grad_row_at);
         }
     }
