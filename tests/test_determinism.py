@@ -61,6 +61,24 @@ def test_neighbours_change_no_bit_of_gradients_and_lse(query_tokens, dtype):
     assert_alone_as_together(batch(query_tokens, dtype))
 
 
+@every_level
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neighbours_change_no_sum_over_parts_of_the_queries(dtype):
+    """Alone a long sequence is cut in parts for many threads; beside seven others there is work for all without that."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 600), (4, 600), (4, 600)]
+    operands = [torch.randn(8, *shape, 32, generator=generator).to(dtype) for shape in shapes]
+
+    def gradients(sequences):
+        leaves = [x[sequences].clone().requires_grad_() for x in operands]
+        out = lk.attention(*leaves, PLAIN)
+        return torch.autograd.grad((out * out.detach().cos()).sum(), leaves)
+
+    alone, together = gradients(slice(3, 4)), gradients(slice(None))
+    for name, a, b in zip(NAMES[2:], alone, together, strict=True):
+        assert torch.equal(a[0], b[3]), f"{name} depends on the sequence's neighbours"
+
+
 class Stray(torch.autograd.Function):
     """Passes on what it gets, lse or the gradient of the key scaled by 1 + eps times a number of `draw`."""
 

@@ -45,6 +45,14 @@ def test_gradients_past_one_block_obey_the_error_rule(case, dtype):
     testing.check_gradients(lk.attention, problem(300, 333, dtype, **BACKWARD[case]))
 
 
+@every_level
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", BACKWARD)
+def test_gradients_summed_over_parts_of_the_queries_obey_the_error_rule(case, dtype):
+    """Many query heads a key head: the CPU backward cuts the queries in two or four parts."""
+    testing.check_gradients(lk.attention, problem(480, 513, dtype, heads=(10, 1), **BACKWARD[case]))
+
+
 def packed_attention(query, key, value, scaling, key_length, return_lse):
     """`attention` of a right-padded batch, of whose queries the last are a sequence's, by way of `attention_varlen`."""
     lengths, most = key_length.tolist(), query.shape[2]
@@ -169,7 +177,12 @@ def test_a_prefill_whose_keys_exceed_the_scratch_is_done_in_groups():
         testing.check_attention(lambda *_, b=b, **__: (out[b : b + 1], lse[b : b + 1]), cut)
 
 
-FIXED = {"square": (384, 384, 1), "chunk": (200, 1500, 1), "decode": (1, 2500, 8)}  # query tokens, key tokens, batch
+FIXED = {  # query tokens, key tokens, heads, batch
+    "square": (384, 384, (4, 2), 1),
+    "chunk": (200, 1500, (4, 2), 1),
+    "decode": (1, 2500, (4, 2), 8),
+    "one key head": (500, 500, (8, 1), 1),
+}
 
 
 def assert_rms_within(attention, p, factor=1.1):
@@ -203,8 +216,8 @@ def assert_rms_within(attention, p, factor=1.1):
 
 
 def fixed(shape, dtype):
-    query_tokens, key_tokens, batch = FIXED[shape]
-    return problem(query_tokens, key_tokens, dtype, head_dim=64, batch=batch)
+    query_tokens, key_tokens, heads, batch = FIXED[shape]
+    return problem(query_tokens, key_tokens, dtype, heads, head_dim=64, batch=batch)
 
 
 @every_level

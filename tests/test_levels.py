@@ -96,14 +96,14 @@ def test_the_gradient_of_a_rotation_rotates_back(dtype, interleaved):
 
 @every_level
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("offset", [0, 10**6])
-def test_the_gradient_of_the_factors_is_that_of_float64(dtype, tolerance, offset):
-    at = torch.arange(60) + offset
+@pytest.mark.parametrize(("tokens", "offset"), [(60, 0), (60, 10**6), (1200, 0)])  # of the last, parts are summed
+def test_the_gradient_of_the_factors_is_that_of_float64(dtype, tolerance, tokens, offset):
+    at = torch.arange(tokens) + offset
 
     def gradient(backend, to):
         factors = torch.linspace(1, 3, 32, dtype=torch.float64, requires_grad=True)
         scaling = lk.RopeScaling(head_dim=64, theta=1e4, rescale_factors=factors)
-        leaves = [x.to(to) for x in operands(dtype, tokens=60)]
+        leaves = [x.to(to) for x in operands(dtype, tokens, batch=2 if tokens == 60 else 1)]
         out = lk.attention(*leaves, scaling, query_positions=at, key_positions=at, backend=backend)
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(to)
         return torch.autograd.grad((out * weight).sum(), factors)[0]
@@ -128,3 +128,20 @@ def test_queries_that_see_nothing_add_nothing_to_any_gradient(case, dtype):
     start, length, window = BEYOND[case]
     options = {"query_start": torch.tensor(start), "key_length": torch.tensor(length), "window": window}
     testing.check_gradients(lk.attention, testing.Problem(*operands(dtype), SCALING, options))
+
+
+@every_level
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_query_that_sees_nothing_may_be_nan(softcap, dtype):
+    """It adds nothing to the gradients of keys and values, nor has one, though other rows of its strip see keys."""
+
+    def gradients(bad):
+        query, key, value = operands(dtype, batch=1)
+        query[:, :, 45:50] = bad
+        leaves = [x.requires_grad_() for x in (query, key, value)]
+        out = lk.attention(*leaves, SCALING, query_start=torch.tensor([-50]), softcap=softcap)
+        return torch.autograd.grad(out.float().square().sum(), leaves)
+
+    for clean, found in zip(gradients(1.0), gradients(torch.nan), strict=True):
+        assert torch.equal(clean, found)

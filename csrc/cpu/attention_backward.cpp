@@ -2,8 +2,8 @@
 // rotated is stored between the passes; dq and dk are rotated back as they are written.
 //
 //   1. attend   a task is one (sequence, key head) and a part of its queries, for all query heads that share the key
-//               head. They are rotated once; then key block (192 keys) by key block, packed once, and row block (96
-//               rows of one query head) by row block:
+//               head, a mebibyte of rows at a time. They are rotated; then key block (192 keys) by key block, rotated
+//               and packed, and row block (96 rows of one query head) by row block:
 //                   S = Q K^T, dP = dO V^T            strips of 6 rows against panels of keys
 //                   P = exp(S - lse), dS = P (dP - D) with D = rowsum(dO O) - dlse
 //                   dQ += dS K                        strips of 6 rows against panels of head dims
@@ -17,7 +17,7 @@
 // Operations: 10 head_dim per visible score, and about 25 between the products. Bytes: a key block, what lies between
 // the products and its gradients stay in L2 while a mebibyte of rows passes from L3, asked for a block ahead; then the
 // gradients go back to memory until the next rows of the part. Every sum has one order, whatever the number of threads:
-// parts depend on the operands alone, and blocks ascend.
+// parts depend on their sequence alone, and blocks ascend.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -35,10 +35,11 @@ namespace {
 constexpr int kKeys = 192;             // keys in a block
 constexpr int kRows = 16 * kTileRows;  // query rows in a block
 constexpr int kStrips = kRows / kTileRows, kKeyStrips = kKeys / kTileRows;
-constexpr int64_t kTasks = 32;                   // parts at least, if they have enough rows: for as many threads
-constexpr int64_t kLeastBlocks = 12;             // blocks of rows in a part at least, for which keys are packed
-constexpr size_t kTasksPerThread = 4;            // at a time
-constexpr int64_t kRowBytes = int64_t{1} << 20;  // of queries, their gradients and dO at a time: a core's share of L3
+constexpr int64_t kTasks = 32;         // of a sequence at least, if it has enough rows: for as many threads
+constexpr int64_t kLeastBlocks = 12;   // blocks of rows in a part at least, for which keys are packed
+constexpr size_t kTasksPerThread = 4;  // at a time
+constexpr int64_t kRowBytes =
+    int64_t{1} << 20;  // of queries, their gradients and dO at a time, or a block of each head
 constexpr int64_t kScratchBytes = int64_t{4} << 30;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -48,50 +49,59 @@ static_assert(kKeys % kPanelKeys == 0 && kKeys % kTileRows == 0 && kTileRows % 2
 struct Part {
     int64_t first, last;
     int64_t first_block, last_block;
+    int64_t blocks_before = 0;  // key blocks of the parts before it
+
+    int64_t blocks() const { return last_block - first_block; }
 };
 
 Part keys_seen(const AttentionParams& f, int64_t b, int64_t first, int64_t last) {
-    int64_t least, most, unused;  // both rise with the row, of rows that see nothing beyond the last key too
-    visible_keys(f, b, first, &least, &unused);
-    visible_keys(f, b, last - 1, &unused, &most);
-    const int64_t keys = f.key_length[b];
-    return {first, last, std::min(least, keys) / kKeys, (std::min(most, keys) + kKeys - 1) / kKeys};
+    int64_t low, high, unused;  // no row of them sees keys before the first's low, nor from the last's high on
+    visible_keys(f, b, first, &low, &unused);
+    visible_keys(f, b, last - 1, &unused, &high);
+    const int64_t keys = f.key_length[b];  // what a row beyond the last key sees is empty, and lies there
+    return {first, last, std::min(low, keys) / kKeys, (std::min(high, keys) + kKeys - 1) / kKeys};
 }
 
-// The parts of every sequence, by the scores that are visible: of equal shares, more of them the longer the sequence.
-std::vector<std::vector<Part>> split_queries(const AttentionParams& f) {
-    const int64_t group = f.query_heads / f.key_heads, columns = ValuePanels(f.head_dim).columns();
-    std::vector<std::vector<int64_t>> scores(f.batch);  // up to the end of each block of rows
-    int64_t all = 0;
-    for (int64_t b = 0; b < f.batch; ++b) {
-        const int64_t tokens = query_count(f, b);
-        int64_t sum = 0, low, high;
-        for (int64_t i = 0; i < tokens; ++i) {
-            visible_keys(f, b, i, &low, &high);
-            sum += high - low + 1;
-            if ((i + 1) % kRows == 0 || i + 1 == tokens) scores[b].push_back(sum);
-        }
-        all += sum;
+int64_t blocks_of(const std::vector<Part>& parts) {
+    return parts.empty() ? 0 : parts.back().blocks_before + parts.back().blocks();
+}
+
+// The queries of a sequence in `count` parts or fewer, of about equal shares of the scores that are visible; `scores`
+// are those up to the end of each block of rows.
+std::vector<Part> cut(const AttentionParams& f, int64_t b, const std::vector<int64_t>& scores, int64_t count) {
+    const int64_t blocks = static_cast<int64_t>(scores.size()), tokens = query_count(f, b);
+    std::vector<Part> parts;
+    int64_t block = 0;
+    for (int64_t i = 1; i <= count && block < blocks; ++i) {
+        const int64_t first = block * kRows;
+        const double share = static_cast<double>(scores.back()) * i / count;
+        do ++block;
+        while (block < blocks && (i == count || static_cast<double>(scores[block - 1]) < share));
+        Part part = keys_seen(f, b, first, std::min(block * kRows, tokens));
+        part.blocks_before = blocks_of(parts);
+        parts.push_back(part);
     }
-    std::vector<std::vector<Part>> parts(f.batch);
-    for (int64_t b = 0; b < f.batch; ++b) {
-        if (scores[b].empty()) continue;
-        const int64_t blocks = static_cast<int64_t>(scores[b].size()), tokens = query_count(f, b);
-        const double total = static_cast<double>(scores[b].back());
-        int64_t count = 1;  // a power of two, which divides evenly among most numbers of threads
-        const auto enough = [&] {
-            return static_cast<double>(count) * f.key_heads * all >= kTasks * total ||
-                   2 * count * kLeastBlocks > blocks * group ||
-                   2 * count * 2 * f.key_length[b] * columns * static_cast<int64_t>(sizeof(float)) > kScratchBytes;
-        };
-        while (!enough()) count *= 2;
-        int64_t block = 0;
-        for (int64_t i = 0; i < count && block < blocks; ++i) {
-            const int64_t first = block * kRows;
-            do ++block;
-            while (block < blocks && scores[b][block - 1] * count < total * (i + 1));
-            parts[b].push_back(keys_seen(f, b, first, std::min(block * kRows, tokens)));
-        }
+    return parts;
+}
+
+// Of one sequence, whatever shares its batch: how often its sums are cut must not depend on that.
+std::vector<Part> split_queries(const AttentionParams& f, int64_t b) {
+    const int64_t group = f.query_heads / f.key_heads, tokens = query_count(f, b);
+    const int64_t block_bytes = 2 * kKeys * ValuePanels(f.head_dim).columns() * static_cast<int64_t>(sizeof(float));
+    std::vector<int64_t> scores;
+    int64_t sum = 0, low, high;
+    for (int64_t i = 0; i < tokens; ++i) {
+        visible_keys(f, b, i, &low, &high);
+        sum += high - low + 1;
+        if ((i + 1) % kRows == 0 || i + 1 == tokens) scores.push_back(sum);
+    }
+    const int64_t most = static_cast<int64_t>(scores.size()) * group / kLeastBlocks;
+    std::vector<Part> parts = cut(f, b, scores, 1);
+    // Powers of two, which divide evenly among most numbers of threads.
+    for (int64_t count = 1; count * f.key_heads < kTasks && 2 * count <= most; count *= 2) {
+        std::vector<Part> more = cut(f, b, scores, 2 * count);
+        if (blocks_of(more) * block_bytes > kScratchBytes) break;
+        parts = std::move(more);
     }
     return parts;
 }
@@ -100,11 +110,13 @@ std::vector<std::vector<Part>> split_queries(const AttentionParams& f) {
 struct KeyGradients {
     int64_t b, key_head, key_blocks, columns;
     const std::vector<Part>* parts;
-    float* sums;       // [parts][2: keys, values][key_blocks][kKeys][columns], where a part sees the block
+    float* sums;       // by part: [2: keys, values][the key blocks that it sees][kKeys][columns]
     double* inv_freq;  // [parts + key_blocks][pairs]: what adds up to the frequencies' gradient; or null
 
-    float* block(int64_t part, bool is_value, int64_t key_block) const {
-        return sums + ((part * 2 + is_value) * key_blocks + key_block) * kKeys * columns;
+    float* block(int64_t index, bool is_value, int64_t key_block) const {
+        const Part& part = (*parts)[index];
+        const int64_t at = 2 * part.blocks_before + is_value * part.blocks() + key_block - part.first_block;
+        return sums + at * kKeys * columns;
     }
 };
 
@@ -185,18 +197,19 @@ struct Task {
             std::memset(query_row_at, 0, sizeof(E) * packed.key_steps);
             std::memset(grad_row_at, 0, sizeof(E) * packed.key_steps);
             if (i >= last) continue;
+            visible_keys(f, b, i, &low[local], &high[local]);
+            if (high[local] <= low[local]) continue;
             const int64_t row = query_row(f, b, i), sum_at = lse_index(f, b, head, i);
             angles_at(b, query_position(f, b, i));
             rotate(row_of<T>(f.query, b, head, row), rows);
             to_steps(rows, query_row_at);
-            visible_keys(f, b, i, &low[local], &high[local]);
-            if (f.lse[sum_at] != -kInfinity) lse[local] = f.lse[sum_at];
-            if (high[local] <= low[local]) continue;
+            float grad_lse = 0.0f;  // of a row whose scores are all -inf
+            if (f.lse[sum_at] != -kInfinity) lse[local] = f.lse[sum_at], grad_lse = p.grad_lse[sum_at];
             const T* out = row_of<T>(f.out, b, head, row);
             const T* gradient = row_of<T>(p.grad_out, b, head, row);
             double sum = 0.0;  // D is taken from every dP of the row: what it loses, all of them lose
             for (int64_t c = 0; c < d; ++c) sum += static_cast<double>(widen(gradient[c])) * widen(out[c]);
-            delta[local] = static_cast<float>(sum - p.grad_lse[sum_at]);
+            delta[local] = static_cast<float>(sum - grad_lse);
             to_steps(gradient, grad_row_at);
         }
     }
@@ -438,8 +451,8 @@ struct Task {
         float* cosines = angles;
         float* sines = cosines + pairs;
         angles_at(b, position);
-        const bool reached = position >= f.rotation.start_tokens[f.rotation.regime_index[b]];
-        if (inv_freq != nullptr && reached) {
+        const bool is_rotated = position >= f.rotation.start_tokens[f.rotation.regime_index[b]];
+        if (inv_freq != nullptr && is_rotated) {
             rotate(row, rows);
             for (int i = 0; i < pairs; ++i) {
                 const int64_t x = f.rotation.interleaved ? 2 * i : i, y = f.rotation.interleaved ? x + 1 : i + pairs;
@@ -493,10 +506,11 @@ void attention_backward(const AttentionBackwardParams& p) {
     if (f.batch == 0 || f.query_heads == 0) return;
     const int64_t group = f.query_heads / f.key_heads, pairs = f.rotation.pairs;
     const int64_t columns = ValuePanels(f.head_dim).columns();
-    const std::vector<std::vector<Part>> parts = split_queries(f);
+    std::vector<std::vector<Part>> parts(f.batch);
     int64_t row_blocks = 0;  // of one head of the largest part
     std::vector<KeyGradients> heads;
     for (int64_t b = 0; b < f.batch; ++b) {
+        parts[b] = split_queries(f, b);
         for (const Part& part : parts[b])
             row_blocks = std::max(row_blocks, (part.last - part.first + kRows - 1) / kRows);
         for (int64_t head = 0; head < f.key_heads; ++head)
@@ -506,7 +520,7 @@ void attention_backward(const AttentionBackwardParams& p) {
         columns * static_cast<int64_t>(2 * sizeof(typename Math::Element) / Math::kStep + sizeof(float));
     row_blocks = group * std::min(row_blocks, std::max<int64_t>(kRowBytes / (group * kRows * row_bytes), 1));
     const auto sum_elements = [](const KeyGradients& head) {
-        return static_cast<int64_t>(head.parts->size()) * 2 * head.key_blocks * kKeys * head.columns;
+        return 2 * blocks_of(*head.parts) * kKeys * head.columns;
     };
     const auto frequency_elements = [&](const KeyGradients& head) {
         return (static_cast<int64_t>(head.parts->size()) + head.key_blocks) * pairs;

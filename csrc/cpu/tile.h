@@ -7,6 +7,10 @@
 #include <memory>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "memory.h"
 #include "vec.h"
 
@@ -207,13 +211,19 @@ Buffer<T> allocate(int64_t count) {
     return Buffer<T>(static_cast<T*>(p));
 }
 
-// Buffers one after another in one allocation: `lay_out(pieces)` takes them, first to learn how much they need.
+// Buffers one after another in one allocation: `lay_out(pieces)` takes them, first to learn how much they need. With
+// sanitizers no two of them touch.
 class Pieces {
   public:
     template <class T>
     void take(T** piece, int64_t count) {
         *piece = memory_ ? reinterpret_cast<T*>(memory_.get() + used_) : nullptr;
-        used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+        const int64_t end = used_ + count * static_cast<int64_t>(sizeof(T));
+        used_ = (end + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+        used_ += 64;
+        if (memory_) __asan_poison_memory_region(memory_.get() + end, static_cast<size_t>(used_ - end));
+#endif
     }
 
     template <class LayOut>
