@@ -64,7 +64,7 @@ def test_neighbours_change_no_bit_of_gradients_and_lse(query_tokens, dtype):
 @every_level
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_neighbours_change_no_sum_over_parts_of_the_queries(dtype):
-    """Alone a long sequence is cut in parts for many threads; beside seven others there is work for all without that."""
+    """Alone a long sequence is cut in parts for many threads; beside seven others there would be work without that."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(16, 600), (4, 600), (4, 600)]
     operands = [torch.randn(8, *shape, 32, generator=generator).to(dtype) for shape in shapes]
