@@ -215,6 +215,10 @@ def run(
     """
     every = plans(model, divisor)
     chosen = [plan for plan in every if only in f"{plan.section} {plan.name}"]
+    if not chosen:
+        sections = dict.fromkeys(plan.section for plan in every)
+        say(f"--only: {only!r} is in no row's section or name; sections are {', '.join(sections)}")
+        return 2
     results = record.Record("cpu", folder)
     results.content["notes"]["llama.cpp"] = llama_cpp.note()
     status = 0

@@ -66,6 +66,13 @@ def test_a_difference_that_is_not_a_number_is_refused() -> None:
     assert workloads.difference(bad, torch.ones(4)) == float("inf")
 
 
+def test_a_choice_of_no_row_is_refused(tmp_path, capsys):
+    assert cpu.run(tmp_path, only="backwards") == 2
+    assert "--only: 'backwards' is in no row's section or name; sections are prefill" in "".join(capsys.readouterr())
+    assert not any(tmp_path.iterdir())
+
+
+
 def test_a_row_whose_sides_disagree_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workloads, "tolerance", lambda shape: 0.0)
     monkeypatch.setattr(peers, "compile_failure", lambda call: "not in this test")
