@@ -72,7 +72,6 @@ def test_a_choice_of_no_row_is_refused(tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
-
 def test_a_row_whose_sides_disagree_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workloads, "tolerance", lambda shape: 0.0)
     monkeypatch.setattr(peers, "compile_failure", lambda call: "not in this test")
