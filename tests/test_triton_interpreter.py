@@ -12,7 +12,7 @@ import longrope_kernels as lk
 from longrope_kernels import testing
 from longrope_kernels.backends import triton as triton_backend
 from longrope_kernels.backends.composed import gathered
-from longrope_kernels.bundles import Geometry, Pages
+from longrope_kernels.bundles import Geometry, Packing, Pages
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
@@ -500,6 +500,63 @@ def test_lengths_past_the_operands_write_nothing_behind_them():
     step.run()
     assert len(behind) == 2
     assert all(bool((guard == 77).all()) for guard in (*behind, guard))
+
+
+def before_nan(x, dim):
+    """X as a part of memory that has NaN behind it along a dimension."""
+    memory = torch.full((*x.shape[:dim], x.shape[dim] + 80, *x.shape[dim + 1 :]), torch.nan)
+    part = memory.narrow(dim, 0, x.shape[dim])
+    return part.copy_(x)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 90])
+@pytest.mark.parametrize("form", ["key_length", "both", "packed"])
+def test_lengths_past_the_operands_read_nothing_behind_them(form, queries):
+    """Straight to the backend. One token, a few and many: each kernel; and of the last its backward."""
+    rotation = scaling(32).rotation(torch.zeros(2, dtype=torch.int32))
+
+    def run(ends):
+        """Out, lse and gradients; `ends` are where the second sequence's keys end: 100 is where the operand does."""
+        q, k, v = operands(2, 4, 2, queries, 100, 32)
+        bounds = [torch.tensor([30, 20]), torch.tensor([60, ends - 20])] if form == "both" else [None] * 2
+        if form == "key_length":
+            bounds = [None, torch.tensor([60, ends])]
+        geometry = Geometry(None, None, torch.tensor([20, 5]), *bounds, 0.2, False, -1, -1, 0.0)
+        if form == "packed":
+            q, k, v = (before_nan(x[0].transpose(0, 1), 0) for x in (q, k, v))
+            packing = Packing(torch.tensor([0, queries // 2, queries + ends - 100]), torch.tensor([0, 40, ends]))
+            forward, backward = triton_backend.attention_varlen, triton_backend.attention_varlen_backward
+            where = (rotation, geometry, packing)
+        else:
+            q, k, v = (before_nan(x, 2) for x in (q, k, v))
+            forward, backward = triton_backend.attention, triton_backend.attention_backward
+            where = (rotation, geometry)
+        out, lse = forward(q, k, v, *where)
+        return out, lse, *backward(torch.ones_like(out), None, q, k, v, out, lse, *where, True)
+
+    exact, actual = run(100), run(170)
+    assert all(x.isfinite().all() for x in exact)
+    assert all(testing.same_bits(x, y) for x, y in zip(actual, exact, strict=True))
+
+
+@pytest.mark.parametrize("queries", [1, 5, 90])
+@pytest.mark.parametrize(("quantised", "page_tokens"), [(False, 8), (False, 128), ("int8", 64), ("fp8", 128)])
+def test_a_length_past_the_room_of_a_cache_reads_no_page_of_others(quantised, page_tokens, queries):
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 2, 2, 128, 32)
+    query, rotation = torch.randn(2, 4, queries, 32), scaling(32).rotation(torch.zeros(2, dtype=torch.int32))
+    pages = own_pages(quantised, page_tokens)
+    triton_backend.cache_append(key, value, pages, torch.tensor([128, 100]))
+    others = [128 // page_tokens, -1]
+    for field in (pages.key, pages.value) if pages.key_scale is None else (pages.key_scale, pages.value_scale):
+        field[others] = torch.nan
+    geometry = Geometry(None, None, torch.tensor([30, 20]), None, None, 0.2, True, -1, -1, 0.0)
+    held = []
+    for length in ([128, 100], [150, 100]):
+        pages.length.copy_(torch.tensor(length))
+        held += [triton_backend.attention_paged(query, pages, rotation, geometry)]
+    assert all(x.isfinite().all() for x in held[0])
+    assert all(testing.same_bits(x, y) for x, y in zip(*held, strict=True))
 
 
 def test_an_empty_cache_gives_zero():

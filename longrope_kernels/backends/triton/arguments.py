@@ -21,7 +21,11 @@ _UNBOUNDED = 2**31 - 1
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where the sequences of a call lie, each field int64[B]."""
+    """Where the sequences of a call lie, each field int64[B].
+
+    What the caller's tensors have past the operands, which the host does not see, ends with them here, before a kernel
+    reads it: a bound in the kernels would cost registers.
+    """
 
     query_start: Tensor  # index of the first query
     key_start: Tensor  # first key slot
@@ -32,20 +36,25 @@ class Sequences:
     @classmethod
     def of_batch(cls, query: Tensor, key_tokens: int, geometry: Geometry) -> Sequences:
         """Sequences of a padded batch."""
-        resolved = geometry.resolved(query.shape[0], query.shape[2], key_tokens, query.device)
-        return cls(*(x.contiguous() for x in resolved))
+        start, first, length = geometry.resolved(query.shape[0], query.shape[2], key_tokens, query.device)
+        if geometry.key_start is not None:
+            first = first.clamp(0, key_tokens)
+            length = torch.minimum(length, key_tokens - first)
+        elif geometry.key_length is not None:
+            length = length.clamp(max=key_tokens)
+        return cls(start.contiguous(), first.contiguous(), length.contiguous())
 
     @classmethod
-    def of_packing(cls, packing: Packing) -> Sequences:
+    def of_packing(cls, packing: Packing, query_tokens: int, key_tokens: int) -> Sequences:
         """Sequences packed one behind the other."""
-        count, length = packing.query_bounds.diff(), packing.key_bounds.diff()
-        slots = packing.query_bounds[:-1].contiguous()
-        return cls(length - count, packing.key_bounds[:-1].contiguous(), length, slots, count)
+        queries, keys = packing.query_bounds.clamp(0, query_tokens), packing.key_bounds.clamp(0, key_tokens)
+        count, length = queries.diff(), keys.diff()
+        return cls(length - count, keys[:-1], length, queries[:-1], count)
 
     @classmethod
     def of_pages(cls, query: Tensor, pages: Pages, geometry: Geometry) -> Sequences:
         """Sequences of a cache: their queries are their last tokens unless the geometry says where they begin."""
-        length = pages.length.contiguous()
+        length = pages.length.clamp(max=room(pages))
         start = length - query.shape[2] if geometry.query_start is None else geometry.query_start.contiguous()
         return cls(start, torch.zeros_like(length), length)
 

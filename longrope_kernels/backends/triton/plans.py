@@ -109,7 +109,7 @@ def attention_varlen(
 ) -> tuple[Tensor, Tensor, list[Launch]]:
     """The same of packed operands [T, H, D]. How long a sequence is, the host does not know: keys are never split."""
     query, key, value = (packed_view(x) for x in (query, key, value))
-    sequences = Sequences.of_packing(packing)
+    sequences = Sequences.of_packing(packing, query.shape[2], key.shape[2])
     out, lse, launches = _whole(query, key, value, rotation, geometry, sequences, target, None)
     return unpacked(out), lse[0], launches
 

@@ -83,7 +83,7 @@ def attention_varlen_backward(
         lse,
         rotation,
         geometry,
-        Sequences.of_packing(packing),
+        Sequences.of_packing(packing, query.shape[2], key.shape[2]),
         want_inv_freq,
         target,
         False,
