@@ -248,7 +248,7 @@ PLANTED = {
         0,
         "wrong result",
     ),
-    "decode: a mask of other rows": (DECODE, "first_row + (row < rows ?", "(row < rows ?", 0, "wrong result"),
+    "decode: rows of another block": (DECODE, "return (first_row + r) / group", "return r / group", 0, "wrong result"),
     "decode: partial results in the place of others": (
         DECODE,
         "* launch.scratch.rows + first_row;",

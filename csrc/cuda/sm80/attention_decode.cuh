@@ -51,46 +51,45 @@ struct QueryRow {
     }
 };
 
-// What a block works on.
+// What a block works on. In 32 bits, as divisions in 64 are long.
 struct DecodeWork {
-    uint32_t b, head;
+    int group;  // query heads that share the key head
+    uint32_t b, key_head;
     int split;      // of the keys
     int first_row;  // of the sequence's rows
     int64_t place;  // of that row in the partial results
 
-    LONGROPE_DEVICE DecodeWork(const DecodeLaunch& launch, uint32_t block) {
+    LONGROPE_DEVICE DecodeWork(const DecodeLaunch& launch, uint32_t block) : group(launch.group) {
         const uint32_t row_blocks = launch.row_blocks, run = block / row_blocks;
         const uint32_t splits = static_cast<uint32_t>(launch.scratch.splits);
         const uint32_t heads = static_cast<uint32_t>(launch.params.key_heads);
         first_row = static_cast<int>(block % row_blocks) * kBlockRows;
         split = static_cast<int>(run % splits);
-        head = run / splits % heads;
+        key_head = run / splits % heads;
         b = run / splits / heads;
         place = run * launch.scratch.rows + first_row;
     }
     // Rows of the block that exist; none, or less: the block has nothing to do.
-    LONGROPE_DEVICE int rows(const Sequence& s, int group) const {
+    LONGROPE_DEVICE int rows(const Sequence& s) const {
         const int left = static_cast<int>(s.query_count * group) - first_row;
         return left < kBlockRows ? left : kBlockRows;
     }
+    LONGROPE_DEVICE int token(int r) const { return (first_row + r) / group; }
+    LONGROPE_DEVICE int head(int r) const { return static_cast<int>(key_head) * group + (first_row + r) % group; }
 };
 
 // The queries of the block, rotated; zeros in rows and columns that are none.
 template <class T, int kHeadDim, class S>
-LONGROPE_DEVICE void load_decode_queries(const AttentionParams& p, const Sequence& s, const RowMap& map,
-                                         const Regime& regime, int first_row, int rows) {
+LONGROPE_DEVICE void load_decode_queries(const AttentionParams& p, const Sequence& s, const DecodeWork& work,
+                                         const Regime& regime, int rows) {
     const typename S::QueryTile tile{0};
     for (int i = thread_index(); i < kBlockRows * S::QueryTile::kChunks; i += S::kThreads)
         store_shared(tile.chunk(i / S::QueryTile::kChunks, i % S::QueryTile::kChunks), Vec16{});
     block_sync();  // the zeros are below
     const Columns<kHeadDim> columns(p.rotation);
     rotate_rows<S::kThreads>(
-        regime, static_cast<int>(p.head_dim), rows, false,
-        [&](int r) { return s.query_position(p, map.token(first_row + r)); },
-        [&](int r) {
-            const int row = first_row + r;
-            return GlobalRow<T>{s.query_row<T>(p.query, map.head(row), map.token(row))};
-        },
+        regime, static_cast<int>(p.head_dim), rows, false, [&](int r) { return s.query_position(p, work.token(r)); },
+        [&](int r) { return GlobalRow<T>{s.query_row<T>(p.query, work.head(r), work.token(r))}; },
         [&](int r) { return QueryRow<T, kHeadDim, S>{columns, r}; });
 }
 
@@ -191,12 +190,10 @@ attention_decode_kernel(const DecodeLaunch launch) {
     const AttentionParams& p = launch.params;
     const DecodeWork work(launch, static_cast<uint32_t>(block_index()));
     const Sequence s(p, work.b);
-    const RowMap map(p, work.head);
-    const int rows = work.rows(s, map.group), first_row = work.first_row;
+    const int rows = work.rows(s);
     if (rows <= 0 || !decodes(p, s)) return;
 
-    const Interval first_seen = s.visible(p, map.token(first_row));
-    const Interval last_seen = s.visible(p, map.token(first_row + rows - 1));
+    const Interval first_seen = s.visible(p, work.token(0)), last_seen = s.visible(p, work.token(rows - 1));
     const int64_t run_begin = int64_t{work.split} * kSplitKeys, run_end = run_begin + kSplitKeys;
     const int begin = static_cast<int>((first_seen.low > run_begin ? first_seen.low : run_begin) / S::kKeys * S::kKeys);
     const int64_t seen_end = last_seen.high < s.key_length ? last_seen.high : s.key_length;
@@ -207,11 +204,11 @@ attention_decode_kernel(const DecodeLaunch launch) {
         return;
     }
 
-    TileCopies<T, kHeadDim, Q> copies(launch, s, work.head, begin);
+    TileCopies<T, kHeadDim, Q> copies(launch, s, work.key_head, begin);
     copies.start(begin, 0);
     copy_async_commit();
     const Regime regime = regime_of(p.rotation, s.b);
-    load_decode_queries<T, kHeadDim, S>(p, s, map, regime, first_row, rows);
+    load_decode_queries<T, kHeadDim, S>(p, s, work, regime, rows);
 
     const ScoreScale& scale = launch.scale;
     const int lane_row = lane_index() / 4, lane_column = lane_index() % 4 * 2;
@@ -221,12 +218,12 @@ attention_decode_kernel(const DecodeLaunch launch) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = lane_row + 8 * r;
-        const Interval seen = s.visible(p, map.token(first_row + (row < rows ? row : rows - 1)));
+        const Interval seen = s.visible(p, work.token(row < rows ? row : rows - 1));
         low[r] = static_cast<int>(seen.low);
         high[r] = static_cast<int>(seen.high);
     }
 
-    const uint32_t b = anew(work.b);
+    const uint32_t b = work.b;
     const int length = static_cast<int>(s.key_length);
     // Keys below are not rescaled; no tile comes after 2^31 - 1.
     const int start_tokens = static_cast<int>(regime.start_tokens < INT32_MAX ? regime.start_tokens : INT32_MAX);
@@ -292,7 +289,7 @@ attention_decode_kernel(const DecodeLaunch launch) {
     block_sync();
     // Worked out again: registers are for the loop.
     const DecodeWork again(launch, anew(static_cast<uint32_t>(block_index())));
-    store_partial<S>(p, launch.scratch, again.place, again.rows(Sequence(p, again.b), launch.group));
+    store_partial<S>(p, launch.scratch, again.place, again.rows(Sequence(p, again.b)));
 }
 
 // The launch for a cache of Q: T where nothing is quantised.
