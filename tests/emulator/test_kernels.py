@@ -38,7 +38,7 @@ def test_kernels_of_little_shared_memory_conform(little_shared, seed):
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 def test_every_kernel_fits_the_least_shared_memory(little_shared, head_dim):
     """Forward, backward, decode from every kind of cache: the emulator refuses a block that the GPU would refuse."""
-    q, k, v = (x.requires_grad_() for x in operands(tokens=(20, 20), head_dim=head_dim))
+    q, k, v = (x.requires_grad_() for x in operands(tokens=(40, 40), head_dim=head_dim))
     scaling = lk.RopeScaling(head_dim, 1e4)
     lk.attention(q, k, v, scaling, backend="cuda").float().sum().backward()
     for quantised in (False, "int8", "fp8"):
