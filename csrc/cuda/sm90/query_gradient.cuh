@@ -152,8 +152,9 @@ LONGROPE_DEVICE void consume_keys(const GradientLaunch& launch, int group) {
                 }
                 if (lane_index() % 4 != 0) continue;
                 seen_keys.put(r, mine);
-                store_shared(known_at(r), known);  // a turn comes before it is read
+                store_shared(known_at(r), known);
             }
+            warp_sync();
         }
         const auto queries = rows.tile(blocks).first(), grads = rows.tile(blocks).second();
         float out[kHeadDim / 8][4] = {};
