@@ -150,6 +150,7 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
     });
     m.attr("BACKWARD_ROWS") = kBackwardRows;
     m.attr("BACKWARD_KEYS") = kBackwardKeys;
+    m.attr("DECODE_ROWS") = kDecodeRows;
     m.attr("SPLIT_KEYS") = kSplitKeys;
     m.attr("KEY_GROUP") = kKeyGroup;
     m.def("probe_load_matrices",

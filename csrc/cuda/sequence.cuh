@@ -100,8 +100,9 @@ LONGROPE_DEVICE const float* value_scale(const P& p, const Slot& slot, int64_t h
     return p.pages.value_scale + (slot.outer * p.key_heads + head) * p.pages.page_tokens + slot.token;
 }
 
-// Rows of a sequence that the split-key kernel takes; more go to the blockwise kernel. Depends on the sequence alone.
-constexpr int kDecodeRows = 16;
+// Rows of a sequence and a key head up to which its keys are split; more go to the blockwise kernel. Depends on the
+// sequence alone; docs/cuda.md has the reckoning.
+constexpr int kDecodeRows = 64;
 
 LONGROPE_DEVICE bool decodes(const AttentionParams& p, const Sequence& s) {
     return s.query_count * (p.query_heads / p.key_heads) <= kDecodeRows;

@@ -20,8 +20,10 @@ struct Tile {
 
     SharedAddress base;
 
+    // By what the four chunks of a row are permuted.
+    static LONGROPE_DEVICE int swizzle(int row) { return row >> 1 & 3; }
     LONGROPE_DEVICE SharedAddress chunk(int row, int c) const {
-        return base + c / 4 * (kRowCount * 64) + row * 64 + ((c % 4 ^ (row >> 1 & 3)) << 4);
+        return base + c / 4 * (kRowCount * 64) + row * 64 + ((c % 4 ^ swizzle(row)) << 4);
     }
     LONGROPE_DEVICE SharedAddress element(int row, int column) const {
         return chunk(row, column / kChunk) + column % kChunk * 2;
@@ -29,7 +31,7 @@ struct Tile {
     // chunk(first + row, 2 step + half), for a `first` in steps of 8 and a half of 0 or 1. The lane's part has two
     // values for all steps; the rest are constants.
     LONGROPE_DEVICE SharedAddress half_step(int first, int row, int half, int step) const {
-        const SharedAddress even = row * 64 + ((half ^ (row >> 1 & 3)) << 4);
+        const SharedAddress even = row * 64 + ((half ^ swizzle(row)) << 4);
         return base + first * 64 + step / 2 * (kRowCount * 64) + (even ^ step % 2 << 5);
     }
 };

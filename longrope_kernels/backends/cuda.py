@@ -22,7 +22,6 @@ from . import native
 
 NAME = "cuda"
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
-DECODE_ROWS = 16  # query heads of a key head times tokens, up to which a sequence goes to the split-key kernel
 _Scratch = tuple[Tensor, tuple[int, int, int, int]]  # and how the native module addresses it
 _native: ModuleType | None = None
 _emulated_hopper = False
@@ -124,7 +123,7 @@ def attention(
     arguments, keep = native.batch_arguments(query, key, value, out, lse, rotation, geometry)
     call = _Attention(arguments, [query, key, value, *keep], [out, lse])
     rows = query.shape[1] // key.shape[1] * query.shape[2]
-    if rows <= DECODE_ROWS:
+    if rows <= _decode_rows():
         call.decode(rows, key.shape[2])
     else:
         scratch = torch.empty(key.shape, dtype=key.dtype, device=key.device)
@@ -171,6 +170,7 @@ def attention_varlen_backward(
     query, key, out = _aligned(query), _aligned(key), _aligned(out)
     value, grad_out = (_bulk_readable(_aligned(x), token_dim=0) for x in (value, grad_out))
     lse = lse.contiguous()
+    packing = _inside(packing, query, key)
     arguments, keep = native.packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
     tokens = tuple(int(x.diff().max()) if packing.batch else 0 for x in (packing.query_bounds, packing.key_bounds))
     call = _Attention(arguments, [query, key, value, *keep], [out, lse])
@@ -186,6 +186,7 @@ def attention_varlen(
     Each sequence goes to the kernel that it would go to alone.
     """
     query, key, value = _aligned(query), _aligned(key), _bulk_readable(_aligned(value), token_dim=0)
+    packing = _inside(packing, query, key)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
@@ -193,11 +194,11 @@ def attention_varlen(
     arguments, keep = native.packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
     call = _Attention(arguments, [query, key, value, *keep], [out, lse])
     rows = packing.query_bounds.diff() * (query.shape[1] // key.shape[1])
-    few = (rows > 0) & (rows <= DECODE_ROWS)
+    few = (rows > 0) & (rows <= _decode_rows())
     key_length = packing.key_bounds.diff()
     if bool(few.any()):
         call.decode(int(rows[few].max()), int(key_length[few].max()))
-    if bool((rows > DECODE_ROWS).any()):
+    if bool((rows > _decode_rows()).any()):
         scratch = torch.empty(key.shape, dtype=key.dtype, device=key.device)
         call.prefill((scratch, native.packed_operand(scratch)), None, int(key_length.max()), key.shape[0])
     return out, lse
@@ -217,7 +218,7 @@ def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: G
     rows = query.shape[1] // pages.key.shape[1] * query.shape[2]
     # What the block table can hold bounds every length without asking the device.
     key_tokens = pages.block_table.shape[1] * pages.page_tokens
-    if rows <= DECODE_ROWS:
+    if rows <= _decode_rows():
         call.decode(rows, key_tokens)
         return out, lse
     shape = (query.shape[0], pages.key.shape[1], int(pages.length.max()), query.shape[3])
@@ -367,6 +368,18 @@ def _rotate(
         [*reads, *keep],
         writes,
     )
+
+
+def _decode_rows() -> int:
+    """Return how many rows, query heads of a key head times tokens, a sequence has at most whose keys are split."""
+    assert _native is not None
+    return int(_native.DECODE_ROWS)
+
+
+def _inside(packing: Packing, query: Tensor, key: Tensor) -> Packing:
+    """Return bounds that never fall and end with the operands, whatever those on a device say: nobody checked them."""
+    bounds = ((packing.query_bounds, query.shape[0]), (packing.key_bounds, key.shape[0]))
+    return Packing(*(x.clamp(0, tokens).cummax(0).values for x, tokens in bounds))
 
 
 def _emulated() -> bool:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longrope_kernels as lk
-from longrope_kernels import testing
+from longrope_kernels import functional, testing
 from longrope_kernels.backends import cuda
-from longrope_kernels.bundles import KEY_GROUP
+from longrope_kernels.bundles import KEY_GROUP, Packing
 
 from .test_kernels import DTYPES, EXAMPLES, operands
 
@@ -142,10 +142,10 @@ def test_a_cache_whose_rows_the_kernels_cannot_read_is_refused(emulated, stored,
         lk.cache_append(key[:, :, :1], value[:, :, :1], pages, backend="cuda")
 
 
-def check_cache(dtype, head_dim, lengths, kind, query_tokens, interleaved, rotary_dim):
+def check_cache(dtype, head_dim, lengths, kind, query_heads, query_tokens, interleaved, rotary_dim):
     cache, _, _ = filled(lengths, dtype, *kind, head_dim=head_dim)
     scaling = lk.RopeScaling(head_dim, 1e4, [2.0] * (rotary_dim // 2), 7, 1.1, rotary_dim, interleaved)
-    query = operands(len(lengths), (8, 2), (query_tokens, 1), head_dim, dtype, seed=9)[0]
+    query = operands(len(lengths), (query_heads, 2), (query_tokens, 1), head_dim, dtype, seed=9)[0]
     testing.check_reading(cache, query, scaling, "cuda")
 
 
@@ -156,15 +156,52 @@ def test_every_kind_of_cache_obeys_the_error_rule(emulated):
         st.sampled_from([40, 64, 80, 96, 128, 256]),
         st.lists(st.integers(1, 700), min_size=1, max_size=3),
         st.sampled_from(KINDS),
+        st.sampled_from([8, 48]),
         st.sampled_from([1, 2, 4, 5, 21]),
         st.booleans(),
         st.sampled_from([0.0, 0.5, 1.0]),
     )
-    def holds(dtype, head_dim, lengths, kind, query_tokens, interleaved, share):
+    def holds(dtype, head_dim, lengths, kind, query_heads, query_tokens, interleaved, share):
         rotary_dim = int(head_dim * share) // 2 * 2
-        check_cache(dtype, head_dim, lengths, kind, query_tokens, interleaved, max(rotary_dim, 2))
+        check_cache(dtype, head_dim, lengths, kind, query_heads, query_tokens, interleaved, max(rotary_dim, 2))
 
     holds()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("query_heads", "query_tokens"), [(40, 2), (16, 3)], ids=["a group of 20", "speculated"])
+def test_more_rows_than_a_block_has_obey_the_error_rule(emulated, kind, head_dim, query_heads, query_tokens):
+    """Each token sees a key more than the one before, in the same block of rows and in others."""
+    check_cache(torch.bfloat16, head_dim, [600, 66, 5], kind, query_heads, query_tokens, head_dim == 128, head_dim)
+
+
+@pytest.mark.parametrize(("query_heads", "query_tokens"), [(32, 1), (8, 16), (2, 64), (16, 3)])
+def test_keys_are_split_up_to_a_number_of_rows(emulated, query_heads, query_tokens):
+    """Blocks of 16 rows and 512 keys, and one a row that adds up; past that number the blockwise kernels."""
+    splits, rows = 3, query_heads // 2 * query_tokens
+    operands_of = [operands(1, (query_heads, 2), (x, 3 * emulated.SPLIT_KEYS - 100)) for x in (query_tokens, 65)]
+    assert rows <= emulated.DECODE_ROWS < query_heads // 2 * 65
+    for (q, k, v), count in zip(operands_of, (rows, query_heads // 2 * 65), strict=True):
+        emulated.take_counters()
+        lk.attention(q, k, v, PLAIN, backend="cuda")
+        split = 2 * (-(-count // 16) * splits + count)
+        assert (emulated.take_counters()["blocks"] == split) is (count == rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"window": 70}, {"softcap": 15.0}], ids=["causal", "window", "softcap"])
+def test_a_row_gives_the_bits_it_gives_with_fewer_beside_it(emulated, kind, options):
+    """The last tokens, and the heads of half a group: other rows share their blocks, of other keys."""
+    cache, _, _ = filled([600, 77], torch.bfloat16, *kind)
+    query = operands(2, (24, 2), (5, 1))[0]
+    whole, last = (
+        cache.attend(x, LADDER, return_lse=True, backend="cuda", **options) for x in (query, query[:, :, -2:])
+    )
+    assert all(torch.equal(x[:, :, -2:], y) for x, y in zip(whole, last, strict=True))
+    half = query.view(2, 2, 12, 5, 64)[:, :, :6].reshape(2, 12, 5, 64)
+    of_half = cache.attend(half, LADDER, backend="cuda", **options)
+    assert torch.equal(whole[0].view(2, 2, 12, 5, 64)[:, :, :6].reshape(2, 12, 5, 64), of_half)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -201,6 +238,29 @@ def test_a_packed_sequence_gives_the_bits_it_gives_alone(emulated, is_causal):
         one, one_lse = lk.attention(*alone, LADDER, **options)
         assert torch.equal(out[rows], one[0].transpose(0, 1))
         assert torch.equal(lse[:, rows], one_lse[0])
+
+
+@pytest.mark.parametrize("fixture", ["emulated", "hopper"])
+@pytest.mark.parametrize("of", ["queries", "keys"])
+@pytest.mark.parametrize("bounds", [[0, 40, 1000], [-5, 40, 130], [0, 900, 130], [0, 2**40, 2**41]])
+def test_a_packed_batch_ends_with_its_operands(request, fixture, of, bounds):
+    """Straight to the backend: on a GPU the host sees no bounds to check."""
+    request.getfixturevalue(fixture)
+    q, k, v, weight = torch.randn(4, 130, 2, 64, generator=torch.Generator().manual_seed(0)).half()
+    batched = (x.transpose(0, 1).expand(2, -1, -1, -1) for x in (q, k, v))
+    rotation, geometry = functional.bundle(*batched, PLAIN)
+    inside = torch.tensor([0, 100, 130])
+    told, kept = torch.tensor(bounds), torch.tensor(bounds).clamp(0, 130).cummax(0).values
+
+    def results(bounds):
+        packing = Packing(bounds, inside) if of == "queries" else Packing(inside, bounds)
+        out, lse = cuda.attention_varlen(q, k, v, rotation, geometry, packing)
+        grads = cuda.attention_varlen_backward(
+            weight, None, q, k, v, out, lse, rotation, geometry, packing, want_inv_freq=True
+        )
+        return (out, lse, *grads)
+
+    assert all(torch.equal(x, y) for x, y in zip(results(told), results(kept), strict=True))
 
 
 def test_the_longest_sequence_of_a_batch_changes_no_bit_of_the_others(emulated):

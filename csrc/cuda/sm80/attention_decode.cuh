@@ -1,11 +1,12 @@
 // Attention of few rows over many keys, for Ampere and newer: split keys, cached before rotation, contiguous or paged,
 // in the dtype of the query, int8 or fp8.
 //
-// A block takes one run of 512 keys of one (sequence, key head) and up to 16 rows: the query heads that share the key
-// head, times a few tokens. Tiles of keys and values arrive two deep (decode_tiles.cuh). Every warp takes 16 keys of a
-// tile: it widens and rotates them in registers between shared memory and the tensor cores (decode_keys.cuh), has an
-// online softmax and a sum of values of its own. At the end the warps' sums become one partial result, which
-// attention_combine adds to the others. A tile takes one barrier.
+// A block takes one run of 512 keys of one (sequence, key head) and 16 of its rows: the query heads that share the key
+// head, times a few tokens. More rows are more blocks of the same run, side by side in the grid: the first of them
+// brings the keys from memory, the others find them in L2. Tiles of keys and values arrive two deep (decode_tiles.cuh).
+// Every warp takes 16 keys of a tile: it widens and rotates them in registers between shared memory and the tensor
+// cores (decode_keys.cuh), has an online softmax and a sum of values of its own. At the end the warps' sums become one
+// partial result, which attention_combine adds to the others. A tile takes one barrier.
 //
 // Bytes: keys and values once (4 head_dim a key in 16 bits, 2 head_dim and the scales in 8), partial results 2 parts
 // in 100 of them. Instructions of a key of head_dim 128 in bf16: 12 cycles of a multiprocessor's schedulers (half of
@@ -50,18 +51,45 @@ struct QueryRow {
     }
 };
 
+// What a block works on. In 32 bits, as divisions in 64 are long.
+struct DecodeWork {
+    int group;  // query heads that share the key head
+    uint32_t b, key_head;
+    int split;      // of the keys
+    int first_row;  // of the sequence's rows
+    int64_t place;  // of that row in the partial results
+
+    LONGROPE_DEVICE DecodeWork(const DecodeLaunch& launch, uint32_t block) : group(launch.group) {
+        const uint32_t row_blocks = launch.row_blocks, run = block / row_blocks;
+        const uint32_t splits = static_cast<uint32_t>(launch.scratch.splits);
+        const uint32_t heads = static_cast<uint32_t>(launch.params.key_heads);
+        first_row = static_cast<int>(block % row_blocks) * kBlockRows;
+        split = static_cast<int>(run % splits);
+        key_head = run / splits % heads;
+        b = run / splits / heads;
+        place = run * launch.scratch.rows + first_row;
+    }
+    // Rows of the block that exist; none, or less: the block has nothing to do.
+    LONGROPE_DEVICE int rows(const Sequence& s) const {
+        const int left = static_cast<int>(s.query_count * group) - first_row;
+        return left < kBlockRows ? left : kBlockRows;
+    }
+    LONGROPE_DEVICE int token(int r) const { return (first_row + r) / group; }
+    LONGROPE_DEVICE int head(int r) const { return static_cast<int>(key_head) * group + (first_row + r) % group; }
+};
+
 // The queries of the block, rotated; zeros in rows and columns that are none.
 template <class T, int kHeadDim, class S>
-LONGROPE_DEVICE void load_decode_queries(const AttentionParams& p, const Sequence& s, const RowMap& map,
+LONGROPE_DEVICE void load_decode_queries(const AttentionParams& p, const Sequence& s, const DecodeWork& work,
                                          const Regime& regime, int rows) {
     const typename S::QueryTile tile{0};
-    for (int i = thread_index(); i < kDecodeRows * S::QueryTile::kChunks; i += S::kThreads)
+    for (int i = thread_index(); i < kBlockRows * S::QueryTile::kChunks; i += S::kThreads)
         store_shared(tile.chunk(i / S::QueryTile::kChunks, i % S::QueryTile::kChunks), Vec16{});
     block_sync();  // the zeros are below
     const Columns<kHeadDim> columns(p.rotation);
     rotate_rows<S::kThreads>(
-        regime, static_cast<int>(p.head_dim), rows, false, [&](int r) { return s.query_position(p, map.token(r)); },
-        [&](int r) { return GlobalRow<T>{s.query_row<T>(p.query, map.head(r), map.token(r))}; },
+        regime, static_cast<int>(p.head_dim), rows, false, [&](int r) { return s.query_position(p, work.token(r)); },
+        [&](int r) { return GlobalRow<T>{s.query_row<T>(p.query, work.head(r), work.token(r))}; },
         [&](int r) { return QueryRow<T, kHeadDim, S>{columns, r}; });
 }
 
@@ -160,30 +188,27 @@ attention_decode_kernel(const DecodeLaunch launch) {
     constexpr float kUnit = kProbabilityUnit<T, Q>;
     using S = DecodeShape<T, kHeadDim, Q>;
     const AttentionParams& p = launch.params;
-    const int split = static_cast<int>(block_index() % launch.scratch.splits);
-    const uint32_t head = static_cast<uint32_t>(block_index() / launch.scratch.splits % p.key_heads);
-    const Sequence s(p, block_index() / launch.scratch.splits / p.key_heads);
-    const RowMap map(p, head);
-    const int rows = static_cast<int>(s.query_count * map.group);
-    if (rows == 0 || !decodes(p, s)) return;
-    const int64_t place = block_index() * launch.scratch.rows;
+    const DecodeWork work(launch, static_cast<uint32_t>(block_index()));
+    const Sequence s(p, work.b);
+    const int rows = work.rows(s);
+    if (rows <= 0 || !decodes(p, s)) return;
 
-    const Interval first_seen = s.visible(p, 0), last_seen = s.visible(p, map.token(rows - 1));
-    const int64_t run_begin = int64_t{split} * kSplitKeys, run_end = run_begin + kSplitKeys;
+    const Interval first_seen = s.visible(p, work.token(0)), last_seen = s.visible(p, work.token(rows - 1));
+    const int64_t run_begin = int64_t{work.split} * kSplitKeys, run_end = run_begin + kSplitKeys;
     const int begin = static_cast<int>((first_seen.low > run_begin ? first_seen.low : run_begin) / S::kKeys * S::kKeys);
     const int64_t seen_end = last_seen.high < s.key_length ? last_seen.high : s.key_length;
     const int end = static_cast<int>(seen_end < run_end ? seen_end : run_end);
     if (begin >= end) {
         for (int r = thread_index(); r < rows; r += S::kThreads)
-            store_global(launch.scratch.partial_lse + place + r, -infinity());
+            store_global(launch.scratch.partial_lse + work.place + r, -infinity());
         return;
     }
 
-    TileCopies<T, kHeadDim, Q> copies(launch, s, head, begin);
+    TileCopies<T, kHeadDim, Q> copies(launch, s, work.key_head, begin);
     copies.start(begin, 0);
     copy_async_commit();
     const Regime regime = regime_of(p.rotation, s.b);
-    load_decode_queries<T, kHeadDim, S>(p, s, map, regime, rows);
+    load_decode_queries<T, kHeadDim, S>(p, s, work, regime, rows);
 
     const ScoreScale& scale = launch.scale;
     const int lane_row = lane_index() / 4, lane_column = lane_index() % 4 * 2;
@@ -193,12 +218,12 @@ attention_decode_kernel(const DecodeLaunch launch) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = lane_row + 8 * r;
-        const Interval seen = s.visible(p, map.token(row < rows ? row : rows - 1));
+        const Interval seen = s.visible(p, work.token(row < rows ? row : rows - 1));
         low[r] = static_cast<int>(seen.low);
         high[r] = static_cast<int>(seen.high);
     }
 
-    const uint32_t b = static_cast<uint32_t>(s.b);
+    const uint32_t b = work.b;
     const int length = static_cast<int>(s.key_length);
     // Keys below are not rescaled; no tile comes after 2^31 - 1.
     const int start_tokens = static_cast<int>(regime.start_tokens < INT32_MAX ? regime.start_tokens : INT32_MAX);
@@ -262,8 +287,9 @@ attention_decode_kernel(const DecodeLaunch launch) {
         }
     }
     block_sync();
-    // Counted again: a register less is kept through the loop.
-    store_partial<S>(p, launch.scratch, place, Sequence(p, anew(b)).query_count * launch.group);
+    // Worked out again: registers are for the loop.
+    const DecodeWork again(launch, anew(static_cast<uint32_t>(block_index())));
+    store_partial<S>(p, launch.scratch, again.place, again.rows(Sequence(p, again.b)));
 }
 
 // The launch for a cache of Q: T where nothing is quantised.
@@ -272,15 +298,17 @@ void run_decode(const AttentionParams& p, const AttentionScratch& scratch, Strea
     using S = DecodeShape<T, kHeadDim, Q>;
     constexpr int kStep = TileCopies<T, kHeadDim, Q>::kRowStep;
     const int64_t size = p.pages.block_table == nullptr ? kStep + 1 : p.pages.page_tokens;
+    const int32_t row_blocks = static_cast<int32_t>((scratch.rows + kBlockRows - 1) / kBlockRows);
     const DecodeLaunch arguments{p,
                                  scratch,
                                  ScoreScale(p.scale, p.softcap),
                                  ByteStrides(p.key, sizeof(Q)),
                                  ByteStrides(p.value, sizeof(Q)),
                                  static_cast<int32_t>(p.query_heads / p.key_heads),
+                                 row_blocks,
                                  static_cast<uint32_t>(kStep / size),
                                  static_cast<uint32_t>(kStep % size)};
-    launch(attention_decode_kernel<T, kHeadDim, Q>, p.batch * p.key_heads * scratch.splits, S::kThreads,
+    launch(attention_decode_kernel<T, kHeadDim, Q>, p.batch * p.key_heads * scratch.splits * row_blocks, S::kThreads,
            S::kSharedBytes, arguments, stream);
 }
 

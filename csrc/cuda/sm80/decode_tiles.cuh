@@ -13,13 +13,15 @@
 
 namespace longrope {
 
+constexpr int kBlockRows = 16;  // as many as one product has
+
 // Q: what keys and values are stored as; T: nothing is quantised.
 template <class T, int kHeadDim, class Q>
 struct DecodeShape {
     static constexpr bool kQuantised = !std::is_same_v<Q, T>;
     static constexpr int kKeys = kHeadDim <= 128 ? 64 : 32, kWarps = kKeys / 16, kThreads = 32 * kWarps;
     static constexpr int kSteps = kHeadDim / 16, kPairs = kHeadDim / 2;
-    using QueryTile = Tile<kDecodeRows, kHeadDim>;
+    using QueryTile = Tile<kBlockRows, kHeadDim>;
     using KeyTile = Tile<kKeys, kHeadDim>;
     // Quantised rows, in chunks of 16 bytes.
     using ByteTile = Tile<kKeys, (kHeadDim / 2 + 31) / 32 * 32>;
@@ -37,7 +39,7 @@ struct DecodeShape {
     // Blocks on a multiprocessor of Hopper: what shared memory leaves room for, less where registers would not suffice.
     static constexpr int kResident = kQuantised || kHeadDim > 128 ? 2 : 3;
     static_assert(kResident * (kSharedBytes + 1024) <= 228 << 10, "the blocks do not fit a multiprocessor");
-    static_assert(kWarps * kDecodeRows * kSumStride * 4 <= kSharedBytes - kStages, "the sums do not fit the stages");
+    static_assert(kWarps * kBlockRows * kSumStride * 4 <= kSharedBytes - kStages, "the sums do not fit the stages");
     static_assert(kSharedBytes <= kSharedLimit, "the tiles do not fit sm_86");
     static_assert(kSplitKeys % kKeys == 0 && kKeyGroup % kKeys == 0, "a tile lies in one run and one group");
     static_assert(kStages % 128 == 0 && kStageBytes % 128 == 0, "tiles begin at the first bank");
@@ -47,7 +49,7 @@ struct DecodeShape {
     static LONGROPE_DEVICE SharedAddress channel_scales(int i) { return values(i) + StoredTile::kBytes; }
     static LONGROPE_DEVICE SharedAddress value_scales(int i) { return channel_scales(i) + 4 * kHeadDim; }
     static LONGROPE_DEVICE SharedAddress sum(int warp, int row, int column) {
-        return kStages + ((warp * kDecodeRows + row) * kSumStride + column) * 4;
+        return kStages + ((warp * kBlockRows + row) * kSumStride + column) * 4;
     }
 };
 
@@ -87,6 +89,7 @@ struct DecodeLaunch {
     ScoreScale scale;
     ByteStrides key, value;
     int32_t group;                     // query heads that share a key head
+    int32_t row_blocks;                // of a sequence and key head with the most rows
     uint32_t step_pages, step_tokens;  // from a row that a thread copies to its next
 };
 
