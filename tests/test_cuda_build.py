@@ -3,17 +3,19 @@
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-import longrope_kernels as lk
 from longrope_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -356,14 +358,77 @@ def test_bulk_memory_is_accessed_16_bytes_at_a_time():
     assert re.search(r"LDSM\.16\.MT88\.4", code), "ldmatrix.x4.trans"
 
 
+# What a process without a driver is told, before any memory is touched, by the backend and by the module itself.
+ON_USE = """
+import torch
+from longrope_kernels.backends import cuda
+
+print(cuda._native.__file__)
+print(cuda.unavailable_reason())
+q = torch.zeros(1, 1, 1, 64, dtype=torch.float16)
+try:
+    lk.apply_rope(q, q, lk.RopeScaling(64, 1e4), backend="cuda")
+except lk.BackendUnavailableError as error:
+    print(error)
+tensor, absent = ((1, 1, 1, 1), (1, 1, 1, 1), 1, 1, 1, 1), ((0, 0, 0, 0), (0, 0, 0, 0), 0, 0, 0, 0)
+try:
+    cuda._native.apply_rope(tensor, absent, (0, 0, 0, 0, 0, 32, 0), 1, 64, 1, False, 0)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def says_on_use_that_there_is_no_driver(packages):
+    """Run `ON_USE` with the packages of a folder in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(packages)}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_USE], capture_output=True, text=True, check=False, cwd=packages, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    module, reason, refused, raised = done.stdout.splitlines()
+    assert Path(module).parent == Path(packages) / "longrope_kernels"
+    assert reason == "no NVIDIA GPU that torch can use"
+    assert refused.startswith("backend: got 'cuda'")
+    assert reason in refused
+    assert re.search(r"driver|no CUDA-capable device", raised)
+
+
 @pytest.mark.skipif(cuda._native is None or torch.cuda.is_available(), reason="needs the module and no GPU")
 def test_without_a_driver_the_module_imports_and_says_so_on_use():
-    assert "no NVIDIA GPU" in cuda.unavailable_reason()
-    q = torch.zeros(1, 1, 1, 64, dtype=torch.float16)
-    with pytest.raises(lk.BackendUnavailableError, match="no NVIDIA GPU"):
-        lk.apply_rope(q, q, lk.RopeScaling(64, 1e4), backend="cuda")
-    absent = ((0, 0, 0, 0), (0, 0, 0, 0), 0, 0, 0, 0)
-    with pytest.raises(RuntimeError, match=r"driver|no CUDA-capable device"):
-        cuda._native.apply_rope(
-            ((1, 1, 1, 1), (1, 1, 1, 1), 1, 1, 1, 1), absent, (0, 0, 0, 0, 0, 32, 0), 1, 64, 1, False, 0
-        )
+    says_on_use_that_there_is_no_driver(ROOT)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake not found")
+def test_an_installation_builds_the_module_in_minutes(tmp_path):
+    """As pip runs setup.py where nvcc is at hand, both modules from nothing: under 5 minutes on 2 cores.
+
+    What is held to that are the seconds of the processors, which other work on the machine does not lengthen.
+    """
+    pytest.importorskip("pybind11")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "longrope_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=os.environ | {"LONGROPE_KERNELS_BUILD": "1", "LONGROPE_KERNELS_CUDA": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert done.returncode == 0, done.stderr
+    print(f"_cpu and _cuda: {time.monotonic() - began:.0f} s, {spent:.0f} s of processors")
+    assert spent < 2 * 300
+    (module,) = (tmp_path / "longrope_kernels").glob("_cuda*.so")
+    # The static runtime, no torch: one binary for all of its versions.
+    needed = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"libcudart|libcuda|libtorch|libc10", needed), needed
+    if not torch.cuda.is_available():
+        says_on_use_that_there_is_no_driver(tmp_path)
