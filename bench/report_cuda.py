@@ -76,7 +76,7 @@ def functions(code: str) -> dict[str, str]:
 def instructions_of(code: str) -> list[tuple[int, str]]:
     """Return a kernel's instructions with their addresses."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);", code)
-    return [(int(address, 16), text) for address, text in found]
+    return [(int(address, 16), text.strip()) for address, text in found]
 
 
 class Code:
@@ -134,8 +134,8 @@ class Code:
         ]
         return sorted(found, key=lambda x: x[1] - x[0])
 
-    def way(self, first: int, last: int, needed: str) -> list[str]:
-        """Return the shortest way from one instruction to another of those that leave out least of what is needed.
+    def way(self, first: int, last: int, needed: str, enough: int = 1 << 30) -> list[str]:
+        """Return the shortest way from one instruction to another of those with most of what is needed, up to enough.
 
         Jumps back are not taken, so a loop inside is gone through once. Subroutines, divisions of numbers past 32 bits,
         are taken where there is no other way, and no score is capped. Empty where there is none.
@@ -149,7 +149,7 @@ class Code:
                 continue
             if reached:
                 count, length, j = min(reached)
-                ways[i] = (count - wanted[i], length + lengths[i], j)
+                ways[i] = (max(count - wanted[i], -enough), length + lengths[i], j)
         if first not in ways:
             return []
         found = [first]
@@ -172,15 +172,19 @@ def operations(text: str) -> int:
     return 64 * int(group[1]) * 16 // 4 if group else 16 * 8 * 16 * ("HMMA" in text)
 
 
-def loop_of_products(sass: str, wanted: int, also: str = "LDGSTS") -> list[str]:
+def loop_of_products(sass: str, wanted: int, also: str = "LDGSTS", enough: int = 1 << 30) -> list[str]:
     """Return the way through the smallest loop that multiplies and adds `wanted` times in each warp.
+
+    Args:
+        also: what is needed besides products, a pattern.
+        enough: how many of it and of products.
 
     Raises:
         ValueError: one line, where there is none.
     """
     code = Code(sass)
     for loop in code.loops():
-        way = code.way(*loop, rf"{PRODUCTS}|{also}")
+        way = code.way(*loop, rf"{PRODUCTS}|{also}", enough)
         if sum(map(operations, way)) == wanted:
             return way
     raise ValueError(f"no loop with {wanted} multiply-adds of a warp")
@@ -330,8 +334,13 @@ class Tile:
         width = 256 if self.head_dim > 128 else self.head_dim
         wanted = self.products * self.rows * self.keys * width // self.warps
         sass = function_of(self.source, self.target, self.name)
+        enough = 1 << 30
+        if self.stored_bytes:  # not the copies of all layouts: those of whole rows, 16 bytes of a thread each
+            copies = 2 * self.keys * self.head_dim * int(self.stored_bytes) // (16 * 32 * self.warps)
+            enough = wanted // operations("HMMA") + copies
         parts = [
-            cost(loop_of_products(sass, wanted, also), self.target, self.warps / len(self.ways)) for also in self.ways
+            cost(loop_of_products(sass, wanted, also, enough), self.target, self.warps / len(self.ways))
+            for also in self.ways
         ]
         if self.stored_bytes:  # a cache is read from memory
             read = 2 * self.keys * self.head_dim * self.stored_bytes
@@ -395,8 +404,8 @@ def tiles() -> Iterator[Tile]:
         stored, source, mangled, size = cache
         keys = 64 if dim <= 128 else 32
         name = f"attention_decode_kernel{bf16}Li{dim}E{mangled}E"
-        shape = (dim, 16, keys, 2, keys // 16)
-        yield Tile(f"decode, {stored}", f"sm80/{source}", target, name, *shape, stored_bytes=size)
+        shape = (dim, 16, keys, 2, keys // 16, 0, (r"LDGSTS.*\.128",))
+        yield Tile(f"decode, {stored}", f"sm80/{source}", target, name, *shape, size)
     for dim in (64, 96, 128, 256):
         boxes = -(-dim // 64) * 64  # columns that come, in boxes of 64
         keys = 128 if dim <= 128 else 64
