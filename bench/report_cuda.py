@@ -19,7 +19,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,6 +226,8 @@ def rates_of(target: str) -> Rates:
 
 
 SHARED_BYTES, EXP2_LANES, SCHEDULERS = 128, 16, 4
+UNITS = ("issue", "fp32", "tensor cores", "exp2", "shared memory", "L2", "memory")
+KINDS = ("products", "exp2", "shared memory", "copies")
 FP32 = r"^(FADD|FMUL|FFMA|FMNMX|FSETP|FSEL|FSET)\b"
 
 
@@ -240,13 +241,10 @@ def bytes_of(text: str) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cycles of a multiprocessor for one tile, by unit, and the instructions of a warp that make them."""
+    """Cycles of a multiprocessor for one tile, by unit, and the instructions of a warp that make them, by kind."""
 
-    instructions: int  # of a warp
-    products: int
-    exp2: int
-    shared_accesses: int
-    copies: int
+    instructions: int
+    kinds: dict[str, int]
     cycles: dict[str, float]
 
     @property
@@ -262,9 +260,8 @@ def cost(way: list[str], target: str, warps: float, counted: str = "^$", lanes: 
         lanes: share of the lanes that they have something for.
     """
     rates = rates_of(target)
-    cycles: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    l2 = memory = 0.0
+    cycles = dict.fromkeys(UNITS, 0.0)
+    kinds = dict.fromkeys(KINDS, 0)
     for predicated in way:
         cycles["issue"] += 1 / SCHEDULERS
         if predicated.startswith("@!PT"):
@@ -273,35 +270,29 @@ def cost(way: list[str], target: str, warps: float, counted: str = "^$", lanes: 
         name = text.split(maxsplit=1)[0]
         if name.startswith("HGMMA"):
             columns = int(re.search(r"64x(\d+)x16", name)[1])  # type: ignore[index]
-            counts["products"] += 1
+            kinds["products"] += 1
             cycles["tensor cores"] += 64 * columns * 16 / rates.group_operations / 4
             from_registers = re.search(r"HGMMA\S+ R\d+, R\d+, gdesc", text)
             cycles["shared memory"] += (columns * 32 + (0 if from_registers else 64 * 32)) / SHARED_BYTES / 4
         elif name.startswith("HMMA"):
-            counts["products"] += 1
+            kinds["products"] += 1
             cycles["tensor cores"] += 16 * 8 * 16 / rates.tensor_operations
         elif name.startswith("MUFU"):
-            counts["exp2"] += 1
+            kinds["exp2"] += 1
             cycles["exp2"] += 32 / EXP2_LANES
         elif re.match(r"(LDS|STS|LDSM)\b", name):
-            counts["shared"] += 1
+            kinds["shared memory"] += 1
             cycles["shared memory"] += bytes_of(text) / SHARED_BYTES
         elif name.startswith("LDGSTS"):
-            counts["copies"] += 1
+            kinds["copies"] += 1
             cycles["shared memory"] += bytes_of(text) / SHARED_BYTES
-            l2 += bytes_of(text)
+            cycles["L2"] += bytes_of(text) / rates.l2_bytes
         elif re.match(r"(LDG|STG)\b", name) and re.search(counted, text):
-            counts["copies"] += 1
-            memory += bytes_of(text) * lanes
+            kinds["copies"] += 1
+            cycles["memory"] += bytes_of(text) * lanes / rates.memory_bytes
         elif re.match(FP32, name):
             cycles["fp32"] += 32 / rates.fp32_lanes
-    found = {unit: warps * x for unit, x in cycles.items()}
-    found["L2"] = warps * l2 / rates.l2_bytes
-    found["memory"] = warps * memory / rates.memory_bytes
-    return Cost(
-        len(way), counts["products"], counts["exp2"], counts["shared"], counts["copies"],
-        {unit: x for unit, x in found.items() if x},
-    )  # fmt: skip
+    return Cost(len(way), kinds, {unit: warps * x for unit, x in cycles.items()})
 
 
 @dataclass(frozen=True)
@@ -344,8 +335,7 @@ class Tile:
         ]
         if self.stored_bytes:  # a cache is read from memory
             read = 2 * self.keys * self.head_dim * self.stored_bytes
-            cycles = Counter(parts[0].cycles) | Counter(memory=read / rates_of(self.target).memory_bytes)
-            del cycles["L2"]
+            cycles = parts[0].cycles | {"L2": 0.0, "memory": read / rates_of(self.target).memory_bytes}
             return replace(parts[0], cycles=cycles)
         moved = 4 * (self.rows if self.label == "dk, dv" else self.keys)  # bytes of a column of two operands
         return total(parts, moved * self.columns, moved * min(self.columns, self.head_dim), self.target)
@@ -360,10 +350,10 @@ class Tile:
 def total(parts: list[Cost], stored: int, read: int, target: str) -> Cost:
     """Return what the kinds of warps cost together, and bulk copies beside them that read and store so many bytes."""
     rates = rates_of(target)
-    cycles = sum((Counter(x.cycles) for x in parts), Counter())
-    cycles += Counter({"shared memory": stored / SHARED_BYTES, "L2": read / rates.l2_bytes})
-    longest = max(parts, key=lambda x: x.instructions)
-    return Cost(longest.instructions, longest.products, longest.exp2, longest.shared_accesses, longest.copies, cycles)
+    cycles = {unit: sum(x.cycles[unit] for x in parts) for unit in UNITS}
+    cycles["shared memory"] += stored / SHARED_BYTES
+    cycles["L2"] += read / rates.l2_bytes
+    return replace(max(parts, key=lambda x: x.instructions), cycles=cycles)
 
 
 def function_of(source: str, target: str, name: str) -> str:
@@ -461,28 +451,25 @@ def streams() -> Iterator[Stream]:
         yield Stream(f"append {stored}, values", "cache_append.cu", f"quantise_values_{name}", "tokens", halved)
 
 
-UNITS = ("issue", "fp32", "tensor cores", "exp2", "shared memory", "L2", "memory")
-
-
 def table_of_tiles(rows: list[Tile]) -> list[str]:
     """Return a table of the kernels with products, and what both kernels of a backward pass come to together."""
     lines = [
-        "| kernel | head_dim | rows x keys | instructions | "
-        + " | ".join(UNITS)
-        + " | bound by | of the tensor cores |",
+        f"| kernel | head_dim | rows x keys | instructions ({', '.join(KINDS)}) | {' | '.join(UNITS)} | bound by "
+        "| of the tensor cores |",
         "|" + "---|" * (len(UNITS) + 6),
     ]
     query: tuple[Tile, Cost] | None = None
     for row in rows:
         found = row.cost()
-        units = " | ".join(f"{found.cycles[x]:,.0f}" if found.cycles.get(x) else "" for x in UNITS)
+        units = " | ".join(f"{found.cycles[x]:,.0f}" if found.cycles[x] else "" for x in UNITS)
+        kinds = ", ".join(str(x) for x in found.kinds.values())
         most = found.cycles[found.bound]
         share = f"{row.useful() / most:.0%}"
         if row.stored_bytes:
             share = f"{found.cycles['memory'] / most:.0%} of memory"
         lines.append(
-            f"| {row.target} {row.label} | {row.head_dim} | {row.rows} x {row.keys} | {found.instructions} | {units} "
-            f"| {found.bound} | {share} |"
+            f"| {row.target} {row.label} | {row.head_dim} | {row.rows} x {row.keys} | {found.instructions} ({kinds}) "
+            f"| {units} | {found.bound} | {share} |"
         )
         if row.label == "dq":
             query = row, found
