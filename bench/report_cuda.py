@@ -40,7 +40,8 @@ def cuobjdump() -> str | None:
 
 def compiled(source: str, target: str) -> tuple[Path, str]:
     """Return the cubin of a kernel file for a target and what ptxas said about it; cached by content."""
-    headers = sorted(x for x in (ROOT / "csrc").rglob("*") if x.suffix in (".h", ".cuh"))
+    folders = (SOURCES, ROOT / "csrc" / "core")
+    headers = sorted(x for folder in folders for x in folder.rglob("*") if x.suffix in (".h", ".cuh"))
     path = SOURCES / source
     digest = hashlib.sha256(b"".join(x.read_bytes() for x in [*headers, path]) + str(NVCC).encode()).hexdigest()[:20]
     cubin = CACHE / f"{path.stem}-{target}-{digest}.cubin"
