@@ -85,9 +85,12 @@ class CMakeBuild(build_ext):
 
         options = []
         if name == "_cuda":
-            nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+            wanted = os.environ.get("CUDACXX")
+            toolkit = os.path.join(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin")
+            nvcc = shutil.which(wanted) if wanted else shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)
             if nvcc is None:
-                raise BuildFailed("nvcc not found (it comes with the CUDA toolkit, 12 or newer)")
+                missing = "nvcc not found (it comes with the CUDA toolkit, 12 or newer)"
+                raise BuildFailed(f"CUDACXX: got {wanted!r}, expected nvcc" if wanted else missing)
             options = ["-DLONGROPE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
         target = Path(self.get_ext_fullpath(f"longrope_kernels.{name}")).resolve()
         ninja = shutil.which("ninja")

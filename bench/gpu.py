@@ -30,7 +30,7 @@ from . import gpu_peers as peers
 from .gpu_peers import Call
 from .record import Record, refused, row
 from .timing import Samples
-from .workloads import OURS, Disagreement, Shape, Work, check, tolerance
+from .workloads import OURS, Disagreement, Shape, Work, check, difference, tolerance
 
 MATMUL, COPY = "matmul", "copy"
 CUDA = "ours, CUDA kernels"
@@ -91,8 +91,8 @@ def in_turns(device: Device, work: Work, limit: float) -> Samples:
     samples = Samples({side: [] for side in work.sides}, {name: []})
     for _ in range(3 if device.is_gpu else 0):
         ceiling()
-        for call in work.sides.values():
-            call()
+        if sum(seconds(device, call) for call in work.sides.values()) > limit / 4:
+            break  # what takes this long is warm after one
     began = time.perf_counter()
     for _ in range(device.rounds):
         samples.ceilings[name].append(ceiling())
@@ -141,6 +141,49 @@ def forward(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
     yield "forward", with_peers(work, makers)
 
 
+def long_forward(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
+    """Causal attention over millions of tokens: ours alone, some rows held to the reference, and the memory it takes.
+
+    Four heads of one key head: more take longer in proportion.
+    """
+    if device.is_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    query, key, value = operands(device, shape, shape.tokens)
+    s = scaling_of(shape.head_dim)
+    work = Work(shape, {})
+    work.flop = 2.0 * shape.heads * shape.tokens**2 * shape.head_dim
+    for name, backend in ((OURS, "triton"), (CUDA, "cuda")):
+        call = functools.partial(lk.attention, query, key, value, s, backend=backend)
+        try:
+            out = call()
+            work.differences[name] = of_some_rows(out, query, key, value, s)
+            if not work.differences[name] <= 4 * torch.finfo(shape.dtype).eps:
+                raise Disagreement(f"{work.differences[name]:.2g} of the RMS beside the reference")
+            work.sides[name] = call
+        except Exception as error:  # whatever a side raises is its reason; ours must run
+            if name == OURS:
+                raise
+            work.notes[name] = reason(error)
+    if device.is_gpu:
+        used = torch.cuda.max_memory_allocated() / 2**30
+        work.notes["memory"] = f"{used:.1f} GiB at most, operands and results among them"
+    yield "long forward", work
+
+
+def of_some_rows(out: Tensor, query: Tensor, key: Tensor, value: Tensor, s: lk.RopeScaling) -> float:
+    """The largest relative RMS difference of some rows of causal attention from the reference's, by key heads."""
+    tokens, group = query.shape[2], query.shape[1] // key.shape[1]
+    worst = 0.0
+    for end in (min(5, tokens), tokens // 2 + 1, tokens):
+        rows = slice(max(end - 2, 0), end)
+        for head in range(key.shape[1]):
+            heads = slice(head * group, (head + 1) * group)
+            seen = (x[:, head : head + 1, :end].double() for x in (key, value))
+            exact = lk.attention(query[:, heads, rows].double(), *seen, s, backend="reference")
+            worst = max(worst, difference(out[:, heads, rows].double(), exact))
+    return worst
+
+
 def by_ampere(device: Device, call: Call) -> Call:
     """The same by the kernels of Ampere, where Hopper's would run."""
     from longrope_kernels.backends import cuda
@@ -171,7 +214,7 @@ def by_descriptors(query: Tensor, key: Tensor, value: Tensor, s: lk.RopeScaling)
 
 
 def backward(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
-    """The backward pass alone, of ours and of SDPA."""
+    """The backward pass alone, of ours and of the peers."""
     leaves = [x.requires_grad_() for x in operands(device, shape, shape.tokens)]
     s = scaling_of(shape.head_dim)
     cos, sin = peers.tables(s, shape.tokens, leaves[0])
@@ -191,6 +234,8 @@ def backward(device: Device, shape: Shape) -> Iterator[tuple[str, Work]]:
         )
         for backend in backends
     }
+    makers["FlexAttention"] = lambda: gradients(peers.flex(*leaves, cos, sin))
+    makers["flash-attn-4"] = lambda: gradients(peers.flash_attention_4(*leaves, cos, sin))
     makers[CUDA] = lambda: gradients(lambda: lk.attention(*leaves, s, backend="cuda"))
     makers[AMPERE] = lambda: by_ampere(device, gradients(lambda: lk.attention(*leaves, s, backend="cuda")))
     yield "backward", with_peers(work, makers)
@@ -317,7 +362,7 @@ def works(device: Device) -> Iterator[tuple[str, Callable[[], Iterator[tuple[str
     """What is measured, the most telling first: the time may end before the list does."""
     if not device.is_gpu:
         small = Shape(4, 2, 32, 80, device.dtype)
-        for make in (forward, backward, decode, rope, append):
+        for make in (forward, backward, decode, rope, append, long_forward):
             yield make.__name__, functools.partial(make, device, small)
         return
     for make, head_dim, tokens in (
@@ -325,9 +370,12 @@ def works(device: Device) -> Iterator[tuple[str, Callable[[], Iterator[tuple[str
         (backward, 128, 16384),
         (decode, 128, 131072),
         (rope, 128, 16384),
-        (forward, 128, 4096),
+        (long_forward, 128, 2097152),
         (forward, 64, 16384),
+        (forward, 96, 16384),
+        (forward, 128, 4096),
         (backward, 64, 16384),
+        (backward, 96, 16384),
         (forward, 128, 65536),
         (decode, 128, 16384),
         (forward, 256, 8192),
@@ -335,11 +383,12 @@ def works(device: Device) -> Iterator[tuple[str, Callable[[], Iterator[tuple[str
         (append, 128, 16384),
         (backward, 128, 4096),
         (decode, 128, 524288),
+        (decode, 64, 131072),
+        (decode, 96, 131072),
     ):
-        yield (
-            f"{make.__name__} {head_dim} {tokens}",
-            functools.partial(make, device, Shape(32, 8, head_dim, tokens, device.dtype)),
-        )
+        heads, key_heads = (4, 1) if make is long_forward else (32, 8)
+        shape = Shape(heads, key_heads, head_dim, tokens, device.dtype)
+        yield f"{make.__name__} {head_dim} {tokens}", functools.partial(make, device, shape)
 
 
 def run(device: Device, folder: pathlib.Path, minutes: float) -> int:

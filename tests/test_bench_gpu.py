@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,8 +12,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from bench import gpu  # needs Triton
+
 SCRIPT = pathlib.Path(__file__).parent.parent / "bench/gpu.sh"
-PARTS = ["environment", "build", "layouts", "conformance", "benchmark", "memcheck", "synccheck", "racecheck"]
+PARTS = ["environment", "build", "layouts", "conformance", "memcheck", "synccheck", "racecheck", "benchmark"]
 
 
 def run(folder, *flags, **environment):
@@ -45,21 +48,37 @@ def test_a_dry_run_takes_every_step(tmp_path):
     assert content["dry_run"]
     decode = {"decode", "decode int8", "decode fp8"}
     append = {x.replace("decode", "append") for x in decode}
-    assert {row["section"] for row in content["rows"]} == {"forward", "backward", *decode, "rope", *append}
+    assert {row["section"] for row in content["rows"]} == {
+        *("forward", "backward", *decode, "rope", *append, "long forward"),
+    }
     for row in content["rows"]:
         assert "refused" not in row
         assert row["seconds"]["ours"] > 0
         assert set(row["ceilings"]) <= {"matmul", "copy"}
-    peers = content["rows"][0]["seconds"].keys() | content["rows"][0]["notes"].keys()
-    assert {
-        "SDPA flash",
-        "SDPA cuDNN",
-        "FlexAttention",
-        "flash-attn-4",
-        "ours, CUDA kernels",
-        "ours, CUDA kernels of Ampere",
-        "ours, tensor descriptors",
-    } <= peers
+    forward, backward = (
+        row["seconds"].keys() | row["notes"].keys()
+        for section in ("forward", "backward")
+        for row in content["rows"]
+        if row["section"] == section
+    )
+    everywhere = {"FlexAttention", "flash-attn-4", "ours, CUDA kernels", "ours, CUDA kernels of Ampere"}
+    assert everywhere <= backward
+    assert everywhere | {"SDPA flash", "SDPA cuDNN", "ours, tensor descriptors"} <= forward
+
+
+def test_the_limits_of_the_parts_fit_into_the_whole():
+    """Whatever each of them takes, the benchmarks at the end have six minutes of 20."""
+    limits = dict(re.findall(r"^(?:part|shell) (\w+) (\d+|rest) ", SCRIPT.read_text(), re.MULTILINE))
+    assert list(limits) == PARTS
+    assert limits.pop("benchmark") == "rest"
+    assert sum(map(int, limits.values())) + 6 * 60 <= 20 * 60
+
+
+def test_what_is_measured_on_a_gpu_has_every_head_dim_and_two_million_tokens():
+    names = [name for name, _ in gpu.works(gpu.GPU)]
+    for made in ("forward", "backward"):
+        assert {f"{made} {x} 16384" for x in (64, 96, 128)} | {f"{made} 256 8192"} <= set(names)
+    assert "long_forward 128 2097152" in names
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path):

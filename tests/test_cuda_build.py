@@ -1,24 +1,24 @@
 """The CUDA module as nvcc builds it: what ptxas and the SASS say, and how it behaves where there is no driver."""
 
-import hashlib
-import importlib.util
 import json
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-import longrope_kernels as lk
+from bench import report_cuda
+from bench.report_cuda import NVCC, compiled, instructions_of
 from longrope_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / "build" / "nvcc"
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 FORWARD = "sm80/attention_forward.cu"
 DECODE, FP8_DECODE = "sm80/attention_decode.cu", "sm80/attention_decode_fp8.cu"
 DECODES = {"16 bits": DECODE, "int8": "sm80/attention_decode_int8.cu", "fp8": FP8_DECODE}
@@ -32,36 +32,10 @@ CONVERTERS = ["cache_append.cu", "prepare_keys.cu", FP8_DECODE]
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc not found")
 
 
-def cuobjdump():
-    """The disassembler of the CUDA toolkit, or the one that Triton brings."""
-    found = shutil.which("cuobjdump")
-    triton = importlib.util.find_spec("triton")
-    if found is None and triton is not None and triton.origin is not None:
-        found = shutil.which("cuobjdump", path=Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    return found
-
-
-def compiled(source, target):
-    """Return the cubin of a kernel file for a target and what ptxas said about it; cached by content."""
-    headers = sorted(x for x in (ROOT / "csrc").rglob("*") if x.suffix in (".h", ".cuh"))
-    path = ROOT / "csrc" / "cuda" / source
-    digest = hashlib.sha256(b"".join(x.read_bytes() for x in [*headers, path]) + str(NVCC).encode()).hexdigest()[:20]
-    cubin = CACHE / f"{path.stem}-{target}-{digest}.cubin"
-    report = cubin.with_suffix(".txt")
-    if not report.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        arch = f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
-        command = [NVCC, "-std=c++17", "-O3", arch, "-cubin", "-Xptxas", "-v", str(path), "-o", str(cubin)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        report.write_text(result.stdout + result.stderr)
-    return cubin, report.read_text()
-
-
 def sass(cubin):
-    if cuobjdump() is None:
+    if report_cuda.cuobjdump() is None:
         pytest.skip("cuobjdump not found (the CUDA toolkit and Triton have one)")
-    return subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return report_cuda.disassembled(cubin)
 
 
 def targets(source):
@@ -162,59 +136,46 @@ def test_the_hopper_backward_is_made_of_its_own_instructions():
         assert columns_of(code) == wanted
 
 
-def instructions_of(code):
-    """Return a kernel's instructions with their addresses."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);", code)
-    return [(int(address, 16), text) for address, text in found]
-
-
-def way_through_the_loop(code):
-    """Return how many instructions the loop of most products takes where nothing is masked or capped.
-
-    That is the shortest way from its first to its last which leaves out no product and no copy.
-    """
-    instructions = instructions_of(code)
-    place = {address: i for i, (address, _) in enumerate(instructions)}
-    needed = [bool(re.search(r"\b(HMMA|LDGSTS)\b", text)) for _, text in instructions]
-    jumps = {}
-    for i, (_, text) in enumerate(instructions):
-        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if target:
-            jumps[i] = place[int(target[1], 16)]
-    loops = [(sum(needed[to : i + 1]), to - i, to, i) for i, to in jumps.items() if to < i]
-    _, _, first, last = max(loops)
-    ways = {last: (0, 1)}  # from an instruction to the last: what is needed, as a negative number, and how many
-    for i in range(last - 1, first - 1, -1):
-        text = instructions[i][1]
-        following = [jumps[i]] if i in jumps else []
-        if not re.match(r"(EXIT|RET|BRA(\.U)? [^!UP])", text):
-            following.append(i + 1)
-        reached = [ways[j] for j in following if j > i and j in ways]
-        if reached:
-            count, length = min(reached)
-            ways[i] = (count - needed[i], length + 1)
-    return ways[first][1]
-
-
-# Instructions of a warp for a tile, by the kernel's name: docs/cuda.md has what the tile is and what bounds it.
+# Instructions of a warp for a tile, by target, kernel and head_dim: docs/cuda.md has the tiles and what bounds them.
 LOOP_CEILINGS = {
-    (FORWARD, "attention_forward_kernelINS_12BFloat16BitsELi64ELi64E"): 640,
-    (FORWARD, "attention_forward_kernelINS_12BFloat16BitsELi128ELi32E"): 490,
-    (FORWARD, "attention_forward_kernelINS_12BFloat16BitsELi256ELi64E"): 720,
-    (BACKWARD, "query_gradient_kernelINS_12BFloat16BitsELi128ELi64E"): 820,
-    (BACKWARD, "key_gradient_kernelINS_12BFloat16BitsELi128E"): 550,
+    ("sm_80", "forward"): {64: 640, 96: 430, 128: 490, 256: 720},
+    ("sm_80", "dq"): {64: 590, 96: 700, 128: 820, 256: 870},
+    ("sm_80", "dk, dv"): {64: 760, 96: 470, 128: 550, 256: 1280},
+    ("sm_90a", "forward"): {64: 520, 96: 560, 128: 600, 256: 590},
+    ("sm_90a", "dq"): {64: 530, 96: 605, 128: 650, 256: 690},
+    ("sm_90a", "dk, dv"): {64: 645, 96: 455, 128: 510, 256: 425},
 }
 
 
 @needs_nvcc
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("source", [FORWARD, pytest.param(BACKWARD, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "source",
+    [FORWARD, HOPPER]
+    + [
+        pytest.param(x, marks=pytest.mark.slow)
+        for x in (BACKWARD, WIDE_BACKWARD, HOPPER_BACKWARD, WIDE_HOPPER_BACKWARD)
+    ],
+)
 def test_a_tile_costs_few_instructions(source):
-    functions = {x.split(maxsplit=1)[0]: x for x in sass(compiled(source, "sm_80")[0]).split("Function : ")[1:]}
-    for (of, name), ceiling in LOOP_CEILINGS.items():
-        if of == source:
-            (code,) = (x for mangled, x in functions.items() if name in mangled)
-            assert way_through_the_loop(code) <= ceiling, name
+    """The loop has the products of its tile, as `Tile.cost` looks for it, and little besides."""
+    tiles = [x for x in report_cuda.tiles() if x.source == source]
+    sass(compiled(source, tiles[0].target)[0])
+    for tile in tiles:
+        ceiling = LOOP_CEILINGS[tile.target, tile.label][tile.head_dim]
+        assert tile.cost().instructions <= ceiling, tile
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_tables_of_docs_are_what_the_report_prints():
+    text = report_cuda.DOCUMENT.read_text()
+    of_docs = text.split(report_cuda.BEGIN)[1].split(report_cuda.END)[0]
+    if f"By nvcc {report_cuda.compiler()}," not in of_docs:
+        pytest.skip("another nvcc, which may count otherwise, made the tables")
+    sass(compiled(FORWARD, "sm_80")[0])
+    assert of_docs == report_cuda.written(), "python -m bench.report_cuda --write"
 
 
 @needs_nvcc
@@ -356,14 +317,77 @@ def test_bulk_memory_is_accessed_16_bytes_at_a_time():
     assert re.search(r"LDSM\.16\.MT88\.4", code), "ldmatrix.x4.trans"
 
 
+# What a process without a driver is told, before any memory is touched, by the backend and by the module itself.
+ON_USE = """
+import torch
+from longrope_kernels.backends import cuda
+
+print(cuda._native.__file__)
+print(cuda.unavailable_reason())
+q = torch.zeros(1, 1, 1, 64, dtype=torch.float16)
+try:
+    lk.apply_rope(q, q, lk.RopeScaling(64, 1e4), backend="cuda")
+except lk.BackendUnavailableError as error:
+    print(error)
+tensor, absent = ((1, 1, 1, 1), (1, 1, 1, 1), 1, 1, 1, 1), ((0, 0, 0, 0), (0, 0, 0, 0), 0, 0, 0, 0)
+try:
+    cuda._native.apply_rope(tensor, absent, (0, 0, 0, 0, 0, 32, 0), 1, 64, 1, False, 0)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def says_on_use_that_there_is_no_driver(packages):
+    """Run `ON_USE` with the packages of a folder in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(packages)}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_USE], capture_output=True, text=True, check=False, cwd=packages, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    module, reason, refused, raised = done.stdout.splitlines()
+    assert Path(module).parent == Path(packages) / "longrope_kernels"
+    assert reason == "no NVIDIA GPU that torch can use"
+    assert refused.startswith("backend: got 'cuda'")
+    assert reason in refused
+    assert re.search(r"driver|no CUDA-capable device", raised)
+
+
 @pytest.mark.skipif(cuda._native is None or torch.cuda.is_available(), reason="needs the module and no GPU")
 def test_without_a_driver_the_module_imports_and_says_so_on_use():
-    assert "no NVIDIA GPU" in cuda.unavailable_reason()
-    q = torch.zeros(1, 1, 1, 64, dtype=torch.float16)
-    with pytest.raises(lk.BackendUnavailableError, match="no NVIDIA GPU"):
-        lk.apply_rope(q, q, lk.RopeScaling(64, 1e4), backend="cuda")
-    absent = ((0, 0, 0, 0), (0, 0, 0, 0), 0, 0, 0, 0)
-    with pytest.raises(RuntimeError, match=r"driver|no CUDA-capable device"):
-        cuda._native.apply_rope(
-            ((1, 1, 1, 1), (1, 1, 1, 1), 1, 1, 1, 1), absent, (0, 0, 0, 0, 0, 32, 0), 1, 64, 1, False, 0
-        )
+    says_on_use_that_there_is_no_driver(ROOT)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake not found")
+def test_an_installation_builds_the_module_in_minutes(tmp_path):
+    """As pip runs setup.py where nvcc is at hand, both modules from nothing: under 5 minutes on 2 cores.
+
+    What is held to that are the seconds of the processors, which other work on the machine does not lengthen.
+    """
+    pytest.importorskip("pybind11")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "longrope_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=os.environ | {"LONGROPE_KERNELS_BUILD": "1", "LONGROPE_KERNELS_CUDA": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert done.returncode == 0, done.stderr
+    print(f"_cpu and _cuda: {time.monotonic() - began:.0f} s, {spent:.0f} s of processors")
+    assert spent < 2 * 300
+    (module,) = (tmp_path / "longrope_kernels").glob("_cuda*.so")
+    # The static runtime, no torch: one binary for all of its versions.
+    needed = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"libcudart|libcuda|libtorch|libc10", needed), needed
+    if not torch.cuda.is_available():
+        says_on_use_that_there_is_no_driver(tmp_path)

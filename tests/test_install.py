@@ -163,6 +163,37 @@ def test_an_unknown_mode_of_the_cuda_module_is_one_line(source):
     assert done.stderr == "LONGROPE_KERNELS_CUDA: got 'yes', expected auto, 0 or 1\n"
 
 
+# A cmake whose build of the CPU module is an empty file.
+BUILDS_CPU = 'if [ "$1" = --build ]; then /bin/mkdir -p "$2/out" && : >"$2/out/_cpu.so"; fi'
+NO_NVCC = {
+    "none": ({}, "nvcc not found (it comes with the CUDA toolkit, 12 or newer)"),
+    "no such compiler": ({"CUDACXX": "nvcc-99"}, "CUDACXX: got 'nvcc-99', expected nvcc"),
+}
+
+
+@pytest.mark.parametrize("failure", NO_NVCC)
+def test_without_nvcc_the_cuda_kernels_are_left_out_or_insisted_on(failure, source):
+    environment, line = NO_NVCC[failure]
+    environment = {"CUDA_HOME": str(source / "no toolkit"), "CUDACXX": None} | environment
+    program(source, "cmake", BUILDS_CPU)
+    program(source, "g++")
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    built, stale = (source / "out" / "longrope_kernels" / f"{name}{suffix}" for name in ("_cpu", "_cuda"))
+    stale.parent.mkdir(parents=True)
+    for mode in (None, "auto"):
+        stale.touch()
+        optional = build(source, "auto", LONGROPE_KERNELS_CUDA=mode, **environment)
+        assert (optional.returncode, optional.stdout) == (0, "")
+        assert optional.stderr == f"longrope-kernels: {line}; installing without CUDA kernels\n"
+        assert built.exists()
+        assert not stale.exists()
+    required = build(source, "auto", LONGROPE_KERNELS_CUDA="1", **environment)
+    assert required.returncode == 1
+    assert required.stderr == f"longrope-kernels: {line}\n"
+    without = build(source, "auto", LONGROPE_KERNELS_CUDA="0", **environment)
+    assert (without.returncode, without.stdout, without.stderr) == (0, "", "")
+
+
 @pytest.fixture
 def archive(tmp_path):
     """A source distribution of this tree."""

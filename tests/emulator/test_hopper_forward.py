@@ -31,7 +31,12 @@ def packed(lengths, heads=(4, 2), head_dim=64, dtype=torch.bfloat16, seed=0):
 def test_the_kernel_conforms(hopper, seed):
     hopper.seed(seed)
     testing.conformance(
-        backend="cuda", dtypes=DTYPES, max_tokens=300, gradients=False, max_examples=max(EXAMPLES // 2, 1)
+        backend="cuda",
+        dtypes=DTYPES,
+        max_tokens=300,
+        gradients=False,
+        max_examples=max(EXAMPLES // 2, 1),
+        caches=[False, "int8", "fp8"],
     )
 
 

@@ -12,6 +12,7 @@ from longrope_kernels import testing
 from . import build
 
 DTYPES = [torch.float16, torch.bfloat16]
+CACHES = [False, "int8", "fp8"]
 # A quick draw in `make test`, a thorough one in `make test-emulator`.
 EXAMPLES = int(os.environ.get("LONGROPE_EMULATOR_EXAMPLES", "12"))
 
@@ -25,13 +26,14 @@ def operands(batch=1, heads=(4, 2), tokens=(70, 70), head_dim=64, dtype=torch.bf
 @pytest.mark.parametrize("seed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_emulated_kernels_conform(emulated, seed):
     emulated.seed(seed)
-    testing.conformance(backend="cuda", dtypes=DTYPES, max_tokens=150, max_examples=EXAMPLES)
+    testing.conformance(backend="cuda", dtypes=DTYPES, max_tokens=150, max_examples=EXAMPLES, caches=CACHES)
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_kernels_of_little_shared_memory_conform(little_shared, seed):
     little_shared.seed(seed)
     options = {"head_dims": [80, 96, 128, 256], "max_tokens": 150, "max_examples": max(EXAMPLES // 4, 1)}
+    options["caches"] = CACHES
     testing.conformance(backend="cuda", dtypes=DTYPES, **options)
 
 
@@ -151,6 +153,7 @@ FORWARD = "cuda/sm80/attention_forward.cu"
 DECODE = "cuda/sm80/attention_decode.cuh"
 DECODE_KEYS, DECODE_TILES = "cuda/sm80/decode_keys.cuh", "cuda/sm80/decode_tiles.cuh"
 COPIES, COMBINE, APPEND = "cuda/sm80/tile_copies.cuh", "cuda/attention_combine.cu", "cuda/cache_append.cu"
+ROPE, PREPARE = "cuda/rope.cu", "cuda/prepare_keys.cu"
 BACKWARD = "cuda/sm80/attention_backward.cu"
 OUTPUT = "cuda/output.cuh"
 PLANTED = {
@@ -287,6 +290,23 @@ PLANTED = {
     "combine: sums before all largest are known": (COMBINE, "block_sync();", "", 0, "race|nothing wrote"),
     "combine: sums of warps that are not there": (COMBINE, "block_sync();", "", 1, "race|nothing wrote"),
     "append: scales before all keys were looked at": (APPEND, "block_sync();", "", 0, "race|nothing wrote"),
+    "rope: the position of a sequence's first token": (ROPE, "_batch_stride + token)", "_batch_stride)", 0, "wrong"),
+    "rope: a thread past the last token": (ROPE, "if (b >= p.batch) return;", "", 0, "out of bounds"),
+    "prepared keys: turned to the token after": (
+        PREPARE,
+        "key_position(p, index)",
+        "key_position(p, index + 1)",
+        0,
+        "wrong",
+    ),
+    "prepared keys: the tail by the token's number": (
+        PREPARE,
+        "head, index % kKeyGroup",
+        "head, index",
+        0,
+        "out of bounds",
+    ),
+    "gathered values without their scales": (PREPARE, "x.at[i] *= scale;", ";", 0, "wrong result"),
     "dk: not turned back": (
         BACKWARD,
         "head_dim, count, true, position_of,",
@@ -376,6 +396,17 @@ def told(emulator, monkeypatch):
             # Here one tile is below and the next above.
             direct = scaling.replace(start_tokens=128)
             if wrong(*(cache.attend(q, direct, backend=backend) for backend in ("cuda", "reference"))):
+                return "wrong result"
+            # Of many queries keys and values go through a copy.
+            q, _, _ = operands(heads=(4, 2), tokens=(80, 80))
+            if wrong(*(cache.attend(q, direct, backend=backend) for backend in ("cuda", "reference"))):
+                return "wrong result"
+        # Pairs in groups of 8, and others.
+        for rotary_dim in (64, 18):
+            q, k, _ = operands(2, (3, 2))
+            plain = lk.RopeScaling(64, 1e4, rotary_dim=rotary_dim)
+            turned, exact = (lk.apply_rope(q, k, plain, backend=backend) for backend in ("cuda", "reference"))
+            if any(map(wrong, turned, exact)):
                 return "wrong result"
     except RuntimeError as error:
         return str(error)
