@@ -43,6 +43,40 @@ def apply_rope(
     return module.apply_rope(query, key, rotation, query_positions, key_positions, conjugate)
 
 
+@torch.library.custom_op("longrope_kernels::apply_rope_in_place", mutates_args=("query", "key"))
+def apply_rope_in_place(
+    query: Tensor,
+    key: Tensor,
+    turns: Tensor,
+    base_turns: Tensor,
+    inv_freq: Tensor,
+    start_tokens: Tensor,
+    attention_factor: Tensor,
+    regime_index: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    interleaved: bool,
+    conjugate: bool,
+    backend: str,
+) -> None:
+    """`apply_rope` over its operands, of which no two elements share memory. Not differentiable."""
+    rotation = Rotation(turns, base_turns, inv_freq, start_tokens, attention_factor, regime_index, interleaved)
+    checks.rotation_values(rotation)
+    checks.position_values("positions", query_positions)
+    checks.position_values("key_positions", key_positions)
+    checks.written_over(query, key)
+    module = backends.pick("apply_rope_in_place", query, backend)
+    if key.shape[1] == 0:
+        module.apply_rope_in_place(query, None, rotation, query_positions, None, conjugate)
+    else:
+        module.apply_rope_in_place(query, key, rotation, query_positions, key_positions, conjugate)
+
+
+@apply_rope_in_place.register_fake
+def _(*arguments: Any) -> None:
+    return None
+
+
 @apply_rope.register_fake
 def _(query: Tensor, key: Tensor, *tables: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)

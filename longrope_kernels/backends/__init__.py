@@ -1,7 +1,8 @@
 """The backends and the pure function that picks one.
 
 A backend is a module with `NAME`, `QUANTISED` (the dtypes of quantised caches that it reads and writes),
-`unavailable_reason`, `supports`, `apply_rope`, `attention` and `attention_backward`; CONTRIBUTING tells how to add one.
+`unavailable_reason`, `supports`, `apply_rope`, `apply_rope_in_place`, `attention` and `attention_backward`; CONTRIBUTING tells how to add
+one.
 `LONGROPE_KERNELS_DEBUG=1` prints each choice once.
 """
 
