@@ -288,7 +288,7 @@ def page_values(pages: Pages, length: Tensor) -> None:
     """Check that sequences of `length` tokens lie inside their pages, and those inside the pool (on the host)."""
     if length.device.type != "cpu" or length.numel() == 0:
         return
-    _within("length", length, 0, pages.block_table.shape[1] * pages.page_tokens)
+    _within("length", length, 0, pages.capacity)
     used = (length + pages.page_tokens - 1) // pages.page_tokens
     table = pages.block_table.masked_fill(
         torch.arange(pages.block_table.shape[1], device="cpu") >= used.unsqueeze(1), 0
@@ -305,13 +305,12 @@ def append_values(pages: Pages, count: Tensor, tokens: int) -> None:
     if count.device.type != "cpu" or count.numel() == 0:
         return
     _within("count", count, 0, tokens)
-    capacity = pages.block_table.shape[1] * pages.page_tokens
-    _within("length", pages.length, 0, capacity)
+    _within("length", pages.length, 0, pages.capacity)
     full = pages.length + count
-    if int(full.max()) > capacity:
+    if int(full.max()) > pages.capacity:
         b = int(full.argmax())
         what = f"{int(count[b])} tokens for sequence {b}, which has {int(pages.length[b])}"
-        refuse("key", what, f"at most {capacity} tokens in all, the capacity of its pages")
+        refuse("key", what, f"at most {pages.capacity} tokens in all, the capacity of its pages")
     page_values(pages, full)
 
 
