@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from levels import LEVELS
 
 import longrope_kernels as lk
 from longrope_kernels import overlap
@@ -17,7 +18,9 @@ def operands(dtype=torch.float32, batch=2, heads=(4, 2), tokens=70, head_dim=64)
     return projected, projected.transpose(1, 2).split((*heads, heads[1]), dim=1)
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(
+    ("backend", "cpu_level"), [("reference", None), *((None, level) for level in LEVELS)], indirect=["cpu_level"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [64, 48, 18])
