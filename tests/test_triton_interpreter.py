@@ -273,14 +273,14 @@ def test_a_tiny_model_trains_as_on_the_reference():
 
 
 def test_the_trained_model_trains_on_as_on_the_reference(monkeypatch):
-    """examples/tiny-512, two pieces of the README, three steps of AdamW on all weights, beyond n-hat and rescaled."""
+    """examples/tiny-512, the README's first tokens, three steps of AdamW on all weights, beyond n-hat and rescaled."""
     transformers = pytest.importorskip("transformers")
     from longrope_kernels.integrations.transformers import enable
 
     folder = ROOT / "examples" / "tiny-512"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = tokenizer((ROOT / "README.md").read_text(), return_tensors="pt").input_ids[0]
-    batch = text[:96].view(2, 48)
+    batch = text[:40].view(1, 40)
     rope = scaling(32, start_tokens=4)
     losses, changes = {}, {}
     for backend in ("triton", "reference"):
