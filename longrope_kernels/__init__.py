@@ -7,7 +7,7 @@ from . import reference
 from .bundles import Pages
 from .cache import KVCache
 from .errors import BackendUnavailableError, UnsupportedRopeError
-from .functional import apply_rope, attention, attention_paged, attention_varlen, cache_append
+from .functional import apply_rope, apply_rope_in_place, attention, attention_paged, attention_varlen, cache_append
 from .rope import LongRope, RopeScaling, check_monotone
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "RopeScaling",
     "UnsupportedRopeError",
     "apply_rope",
+    "apply_rope_in_place",
     "attention",
     "attention_paged",
     "attention_varlen",

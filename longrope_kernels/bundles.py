@@ -117,5 +117,10 @@ class Pages:
         return self.key.shape[2]
 
     @property
+    def capacity(self) -> int:
+        """Tokens that a sequence's row of the block table has room for."""
+        return self.block_table.shape[1] * self.page_tokens
+
+    @property
     def quantised(self) -> bool:
         return self.key_scale is not None

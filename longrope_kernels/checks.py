@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import overlap
 from .bundles import KEY_GROUP, LARGEST, Geometry, Pages, Rotation
 from .errors import brief, refuse
 
@@ -62,6 +63,24 @@ def no_tangents(**operands: object) -> None:
     for name, x in operands.items():
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             refuse(name, "a tensor with a forward-mode tangent", "none: only reverse mode is implemented", TypeError)
+
+
+def no_gradient(**operands: Tensor) -> None:
+    """Refuse tensors through which autograd would have to follow an op that has no gradient."""
+    if not torch.is_grad_enabled():
+        return
+    for name, x in operands.items():
+        if x.requires_grad:
+            refuse(name, "a tensor that requires a gradient", "none in place: apply_rope, or torch.no_grad()")
+
+
+def written_over(query: Tensor, key: Tensor) -> None:
+    """Refuse operands with elements that share memory, before an op writes over them."""
+    for name, x in (("query", query), ("key", key)):
+        if overlap.within(x):
+            refuse(name, f"shape {tuple(x.shape)}, strides {x.stride()}", "elements of which no two share memory")
+    if overlap.between(query, key):
+        refuse("key", "memory that query has too", "memory of its own, as both are written over")
 
 
 def operand(name: str, x: object, like: Tensor | None = None, layout: str = "[batch, heads, tokens, head_dim]") -> None:
@@ -269,7 +288,7 @@ def page_values(pages: Pages, length: Tensor) -> None:
     """Check that sequences of `length` tokens lie inside their pages, and those inside the pool (on the host)."""
     if length.device.type != "cpu" or length.numel() == 0:
         return
-    _within("length", length, 0, pages.block_table.shape[1] * pages.page_tokens)
+    _within("length", length, 0, pages.capacity)
     used = (length + pages.page_tokens - 1) // pages.page_tokens
     table = pages.block_table.masked_fill(
         torch.arange(pages.block_table.shape[1], device="cpu") >= used.unsqueeze(1), 0
@@ -286,13 +305,12 @@ def append_values(pages: Pages, count: Tensor, tokens: int) -> None:
     if count.device.type != "cpu" or count.numel() == 0:
         return
     _within("count", count, 0, tokens)
-    capacity = pages.block_table.shape[1] * pages.page_tokens
-    _within("length", pages.length, 0, capacity)
+    _within("length", pages.length, 0, pages.capacity)
     full = pages.length + count
-    if int(full.max()) > capacity:
+    if int(full.max()) > pages.capacity:
         b = int(full.argmax())
         what = f"{int(count[b])} tokens for sequence {b}, which has {int(pages.length[b])}"
-        refuse("key", what, f"at most {capacity} tokens in all, the capacity of its pages")
+        refuse("key", what, f"at most {pages.capacity} tokens in all, the capacity of its pages")
     page_values(pages, full)
 
 

@@ -64,29 +64,55 @@ def apply_rope(
     checks.no_tangents(query=query, key=key)
     if not isinstance(scaling, (RopeScaling, LongRope)):
         refuse("scaling", type(scaling).__name__, "a RopeScaling, a LongRope, or cos and sin tables", TypeError)
-    batch, _, query_tokens, _ = query.shape
     if key is None:
         key = query[:, :0]
-    key_tokens = key.shape[2]
-    if key_positions is None and positions is not None:
-        if key_tokens != query_tokens:
-            refuse("key_positions", None, f"positions of the {key_tokens} keys, as the query has {query_tokens} tokens")
-        key_positions = positions
-    query_at = checks.positions("positions", positions, batch, query_tokens, query.device)
-    key_at = checks.positions("key_positions", key_positions, batch, key_tokens, query.device)
-    if query_at is None:
-        if query_tokens > key_tokens:
-            refuse("positions", None, f"positions, as the query has {query_tokens} tokens and the key {key_tokens}")
-        query_at = torch.arange(key_tokens - query_tokens, key_tokens, device=query.device).expand(batch, -1)
-    if key_at is None:
-        key_at = torch.arange(key_tokens, device=query.device).expand(batch, -1)
-    if isinstance(scaling, LongRope) and regime_index is None:
-        regime_index = scaling.select_index(torch.maximum(_span(query_at), _span(key_at)))
-    rotation = _rotation(scaling, regime_index, query)
+    rotation, query_at, key_at = _rotary_arguments(query, key, scaling, positions, key_positions, regime_index)
     rotated, rotated_key = ops.apply_rope(
         query, key, *_tables(rotation), query_at, key_at, rotation.interleaved, False, checks.backend(backend)
     )
     return rotated, rotated_key if key.shape[1] else None
+
+
+def apply_rope_in_place(
+    query: Tensor,
+    key: Tensor | None,
+    scaling: RopeScaling | LongRope,
+    positions: Tensor | None = None,
+    *,
+    key_positions: Tensor | None = None,
+    regime_index: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """`apply_rope` over its operands, to the same bits: no memory for a second copy, for inference.
+
+    Args:
+        query, key: as in `apply_rope`; each element has memory of its own, so expanded tensors are refused, but both
+            may be views of one tensor, as of a projection to queries, keys and values.
+        scaling, positions, key_positions, regime_index, backend: as in `apply_rope`.
+
+    Raises:
+        ValueError, TypeError: one line that names the argument; nothing is written. A query, a key or rescale factors
+            that require a gradient are refused unless under `torch.no_grad()`: there is none through this.
+        BackendUnavailableError: the forced backend cannot run here.
+
+    Examples:
+        >>> qkv = torch.randn(1, 5, 12, 64)  # [batch, tokens, heads, head_dim]
+        >>> q, k, v = qkv.transpose(1, 2).split((8, 2, 2), dim=1)
+        >>> apply_rope_in_place(q, k, RopeScaling(head_dim=64, theta=1e4))
+    """
+    checks.operand("query", query)
+    if key is not None:
+        checks.operand("key", key, query)
+    checks.no_tangents(query=query, key=key)
+    if not isinstance(scaling, (RopeScaling, LongRope)):
+        refuse("scaling", type(scaling).__name__, "a RopeScaling or a LongRope", TypeError)
+    if key is None:
+        key = query.new_empty((query.shape[0], 0, *query.shape[2:]))
+    rotation, query_at, key_at = _rotary_arguments(query, key, scaling, positions, key_positions, regime_index)
+    checks.no_gradient(query=query, key=key, rescale_factors=rotation.inv_freq)
+    ops.apply_rope_in_place(
+        query, key, *_tables(rotation), query_at, key_at, rotation.interleaved, False, checks.backend(backend)
+    )
 
 
 @overload
@@ -456,6 +482,34 @@ def bundle(
         *scores,
     )
     return _rotation(scaling, regime_index, query), geometry
+
+
+def _rotary_arguments(
+    query: Tensor,
+    key: Tensor,
+    scaling: RopeScaling | LongRope,
+    positions: Tensor | None,
+    key_positions: Tensor | None,
+    regime_index: Tensor | None,
+) -> tuple[Rotation, Tensor, Tensor]:
+    """Return the rotation and the positions of queries and keys, int64[batch, tokens], defaults filled in."""
+    batch, _, query_tokens, _ = query.shape
+    key_tokens = key.shape[2]
+    if key_positions is None and positions is not None:
+        if key_tokens != query_tokens:
+            refuse("key_positions", None, f"positions of the {key_tokens} keys, as the query has {query_tokens} tokens")
+        key_positions = positions
+    query_at = checks.positions("positions", positions, batch, query_tokens, query.device)
+    key_at = checks.positions("key_positions", key_positions, batch, key_tokens, query.device)
+    if query_at is None:
+        if query_tokens > key_tokens:
+            refuse("positions", None, f"positions, as the query has {query_tokens} tokens and the key {key_tokens}")
+        query_at = torch.arange(key_tokens - query_tokens, key_tokens, device=query.device).expand(batch, -1)
+    if key_at is None:
+        key_at = torch.arange(key_tokens, device=query.device).expand(batch, -1)
+    if isinstance(scaling, LongRope) and regime_index is None:
+        regime_index = scaling.select_index(torch.maximum(_span(query_at), _span(key_at)))
+    return _rotation(scaling, regime_index, query), query_at, key_at
 
 
 def _scaling(scaling: object) -> None:

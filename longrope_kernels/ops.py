@@ -37,10 +37,44 @@ def apply_rope(
     checks.rotation_values(rotation)
     checks.position_values("positions", query_positions)
     checks.position_values("key_positions", key_positions)
-    module = backends.pick("apply_rope", query, backend)
+    module = backends.pick("apply_rope", query, key.shape[2], backend)
     if key.shape[1] == 0:
         return module.apply_rope(query, None, rotation, query_positions, None, conjugate)[0], torch.empty_like(key)
     return module.apply_rope(query, key, rotation, query_positions, key_positions, conjugate)
+
+
+@torch.library.custom_op("longrope_kernels::apply_rope_in_place", mutates_args=("query", "key"))
+def apply_rope_in_place(
+    query: Tensor,
+    key: Tensor,
+    turns: Tensor,
+    base_turns: Tensor,
+    inv_freq: Tensor,
+    start_tokens: Tensor,
+    attention_factor: Tensor,
+    regime_index: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    interleaved: bool,
+    conjugate: bool,
+    backend: str,
+) -> None:
+    """`apply_rope` over its operands, of which no two elements share memory. Not differentiable."""
+    rotation = Rotation(turns, base_turns, inv_freq, start_tokens, attention_factor, regime_index, interleaved)
+    checks.rotation_values(rotation)
+    checks.position_values("positions", query_positions)
+    checks.position_values("key_positions", key_positions)
+    checks.written_over(query, key)
+    module = backends.pick("apply_rope_in_place", query, key.shape[2], backend)
+    if key.shape[1] == 0:
+        module.apply_rope_in_place(query, None, rotation, query_positions, None, conjugate)
+    else:
+        module.apply_rope_in_place(query, key, rotation, query_positions, key_positions, conjugate)
+
+
+@apply_rope_in_place.register_fake
+def _(*arguments: Any) -> None:
+    return None
 
 
 @apply_rope.register_fake
@@ -123,7 +157,7 @@ def attention(
     )
     checks.rotation_values(rotation)
     checks.geometry_values(geometry, query.shape[0], query.shape[2], key.shape[2])
-    return backends.pick("attention", query, backend).attention(query, key, value, rotation, geometry)
+    return backends.pick("attention", query, key.shape[2], backend).attention(query, key, value, rotation, geometry)
 
 
 @attention.register_fake
@@ -176,7 +210,7 @@ def attention_backward(
     )
     checks.rotation_values(rotation)
     checks.geometry_values(geometry, query.shape[0], query.shape[2], key.shape[2])
-    module = backends.pick("attention_backward", query, backend)
+    module = backends.pick("attention_backward", query, key.shape[2], backend)
     return module.attention_backward(grad_out, grad_lse, query, key, value, out, lse, rotation, geometry, want_inv_freq)
 
 

@@ -42,7 +42,7 @@ def attention_varlen(
     geometry = _geometry(query_positions, key_positions, None, scale, is_causal, window_left, window_right, softcap)
     packing = Packing(cu_seqlens_q, cu_seqlens_k)
     _check_packed(query, key, rotation, geometry, packing)
-    module = backends.pick("attention_varlen", query, backend)
+    module = backends.pick("attention_varlen", query, key.shape[0], backend)
     return module.attention_varlen(query, key, value, rotation, geometry, packing)
 
 
@@ -84,7 +84,7 @@ def attention_varlen_backward(
     geometry = _geometry(query_positions, key_positions, None, scale, is_causal, window_left, window_right, softcap)
     packing = Packing(cu_seqlens_q, cu_seqlens_k)
     _check_packed(query, key, rotation, geometry, packing)
-    module = backends.pick("attention_varlen_backward", query, backend)
+    module = backends.pick("attention_varlen_backward", query, key.shape[0], backend)
     return module.attention_varlen_backward(
         grad_out, grad_lse, query, key, value, out, lse, rotation, geometry, packing, want_inv_freq
     )
@@ -168,7 +168,7 @@ def attention_paged(
     checks.rotation_values(rotation)
     checks.geometry_values(geometry, query.shape[0], query.shape[2], 0)
     checks.page_values(pages, length)
-    module = backends.pick("attention_paged", query, backend, key_pages.dtype)
+    module = backends.pick("attention_paged", query, pages.capacity, backend, key_pages.dtype)
     return module.attention_paged(query, pages, rotation, geometry)
 
 
@@ -197,7 +197,8 @@ def cache_append(
     """Write the first count[b] tokens of key and value [B, Hkv, T, D] behind the length[b] tokens of the cache."""
     pages = Pages(key_pages, value_pages, block_table, length, key_scale, value_scale, key_tail)
     checks.append_values(pages, count, key.shape[2])
-    backends.pick("cache_append", key, backend, key_pages.dtype).cache_append(key, value, pages, count)
+    module = backends.pick("cache_append", key, pages.capacity, backend, key_pages.dtype)
+    module.cache_append(key, value, pages, count)
 
 
 @cache_append.register_fake

@@ -4,12 +4,13 @@ float32 and float16 only: the interpreter's bfloat16 loads and products are wron
 """
 
 import os
+import pathlib
 
 import pytest
 import torch
 
 import longrope_kernels as lk
-from longrope_kernels import testing
+from longrope_kernels import backends, testing
 from longrope_kernels.backends import triton as triton_backend
 from longrope_kernels.backends.composed import gathered
 from longrope_kernels.bundles import Geometry, Packing, Pages
@@ -26,6 +27,7 @@ if reason := launch.interpreter_reason():
     pytest.skip(reason, allow_module_level=True)
 
 DTYPES = [torch.float32, torch.float16]
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def both(function):
@@ -268,6 +270,38 @@ def test_a_tiny_model_trains_as_on_the_reference():
             losses[backend].append(loss.item())
     assert losses["triton"][-1] < losses["triton"][0]
     assert torch.allclose(*(torch.tensor(x) for x in losses.values()), rtol=1e-5, atol=0)
+
+
+def test_the_trained_model_trains_on_as_on_the_reference(monkeypatch):
+    """examples/tiny-512, the README's first tokens, three steps of AdamW on all weights, beyond n-hat and rescaled."""
+    transformers = pytest.importorskip("transformers")
+    from longrope_kernels.integrations.transformers import enable
+
+    folder = ROOT / "examples" / "tiny-512"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = tokenizer((ROOT / "README.md").read_text(), return_tensors="pt").input_ids[0]
+    batch = text[:40].view(1, 40)
+    rope = scaling(32, start_tokens=4)
+    losses, changes = {}, {}
+    for backend in ("triton", "reference"):
+        monkeypatch.setitem(backends.PREFERENCE, "cpu", (backend,))
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        enable(model, rope)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses[backend] = []
+        for _ in range(3):
+            loss = model(batch, labels=batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[backend].append(loss.item())
+        changes[backend] = torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    actual, exact = losses["triton"], losses["reference"]
+    assert exact[0] < 6.5, "a model that knows nothing starts at log(2048) = 7.6"
+    assert actual[-1] < actual[0] - 0.3
+    assert torch.allclose(torch.tensor(actual), torch.tensor(exact), rtol=1e-5, atol=0)
+    assert (changes["triton"] - changes["reference"]).norm() < 1e-3 * changes["reference"].norm()
 
 
 def test_bfloat16_is_refused():

@@ -5,7 +5,8 @@
 // split's number alone, and splits that a row does not see are skipped: what a sequence shares its batch with changes
 // no bit.
 //
-// Bytes: every partial result once. Bound by memory, by its latency where there are few: weights are known 32 splits
+// Bytes: every partial result once, 4 head_dim a row and split, and its lse twice. Operations: 2 head_dim and an
+// exponential a row and split. Bound by memory, by its latency where there are few: weights are known 32 splits
 // ahead, so that many results are on their way at once (2M keys are 4,096 splits).
 #include <cmath>
 

@@ -6,7 +6,9 @@
 // group that is not whole wait in the tail as they came. Groups that this append completes are read from the tail
 // before the next launch writes over it.
 //
-// Bytes: each value is read and written once, keys of a group twice. Bound by memory.
+// Bytes: each value is read and written once, keys of a group twice; quantised they leave as one byte each, with 4 for
+// each scale. Operations: none in a plain cache; about 8 an element in a quantised one (the largest magnitude, a
+// product, two limits, a rounding). Bound by memory.
 #include <cmath>
 
 #include "kernels.h"

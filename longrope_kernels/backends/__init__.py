@@ -1,8 +1,8 @@
 """The backends and the pure function that picks one.
 
 A backend is a module with `NAME`, `QUANTISED` (the dtypes of quantised caches that it reads and writes),
-`unavailable_reason`, `supports`, `apply_rope`, `attention` and `attention_backward`; CONTRIBUTING tells how to add one.
-`LONGROPE_KERNELS_DEBUG=1` prints each choice once.
+`unavailable_reason`, `supports`, `apply_rope`, `apply_rope_in_place`, `attention` and `attention_backward`;
+CONTRIBUTING tells how to add one. `LONGROPE_KERNELS_DEBUG=1` prints each choice, and what it was made from, once.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ def unavailable_reason(name: str) -> str | None:
     return load(name).unavailable_reason()
 
 
-def pick(op: str, query: Tensor, backend: str | None, stored: torch.dtype | None = None) -> ModuleType:
+def pick(op: str, query: Tensor, key_tokens: int, backend: str | None, stored: torch.dtype | None = None) -> ModuleType:
     """Return the backend that runs `op` on `query`.
 
     Args:
         op: the name of an op, which is that of the backend's function.
-        query: the tensor whose device, dtype and head_dim decide.
+        query: the tensor whose device, dtype, head_dim and tokens decide.
+        key_tokens: of the keys beside it; the capacity of a cache, whose lengths the host does not know.
         backend: a name to force, or None (or "") for the first that can.
         stored: dtype of the pages, where the op is one of a cache.
 
@@ -56,29 +57,38 @@ def pick(op: str, query: Tensor, backend: str | None, stored: torch.dtype | None
         reason = _refusal(module, op, query, stored)
         if reason:
             refuse("backend", repr(backend), f"one that can run {op} here: {reason}", BackendUnavailableError)
+        _debug(op, query, key_tokens, f"{backend}, forced")
         return module
     reasons: list[str] = []
-    for name in preference(op, query):
+    for name in preference(op, query, key_tokens):
         module = load(name)
         reason = _refusal(module, op, query, stored)
         if reason is None:
             if name == "reference":
                 _warn_slow("; ".join(reasons) or f"no kernels for {query.device.type} tensors")
-            _debug(op, name, str(query.dtype), query.shape[-1])
+            _debug(op, query, key_tokens, name)
             return module
         reasons.append(f"{name}: {reason}")
     raise BackendUnavailableError("; ".join(reasons))
 
 
-def preference(op: str, query: Tensor) -> tuple[str, ...]:
+def preference(op: str, query: Tensor, key_tokens: int) -> tuple[str, ...]:
     """Return the backends for an op on `query`, in the order in which they are tried."""
     names = PREFERENCE.get(query.device.type, ("reference",))
-    if query.device.type != "cuda" or torch.version.hip:
+    architecture = _architecture(query.device)
+    if architecture is None:
         return names
-    architecture = torch.cuda.get_device_capability(query.device)
-    tokens = query.shape[0] if op.startswith("attention_varlen") else query.shape[-2]
-    first = choose_backend(op, architecture, query.shape[-1], query.dtype, tokens)
+    first = choose_backend(op, architecture, query.shape[-1], query.dtype, _query_tokens(op, query), key_tokens)
     return (first, *(name for name in names if name != first))
+
+
+def _architecture(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA GPU."""
+    return None if device.type != "cuda" or torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+def _query_tokens(op: str, query: Tensor) -> int:
+    return query.shape[0] if op.startswith("attention_varlen") else query.shape[-2]
 
 
 def _refusal(module: ModuleType, op: str, query: Tensor, stored: torch.dtype | None) -> str | None:
@@ -100,7 +110,15 @@ def _warn_slow(reason: str) -> None:
     )
 
 
+def _debug(op: str, query: Tensor, key_tokens: int, chosen: str) -> None:
+    if not os.environ.get("LONGROPE_KERNELS_DEBUG"):
+        return
+    architecture = _architecture(query.device)
+    on = query.device.type if architecture is None else "sm_{}{}".format(*architecture)
+    tokens = f"{_query_tokens(op, query)} query tokens, {key_tokens} key tokens"
+    _print_once(f"{op} on {on}, {query.dtype}, head_dim {query.shape[-1]}, {tokens} -> {chosen}")
+
+
 @functools.cache
-def _debug(op: str, name: str, dtype: str, head_dim: int) -> None:
-    if os.environ.get("LONGROPE_KERNELS_DEBUG"):
-        print(f"longrope_kernels: {op} {dtype} head_dim {head_dim} -> {name}", file=sys.stderr)
+def _print_once(line: str) -> None:
+    print(f"longrope_kernels: {line}", file=sys.stderr)

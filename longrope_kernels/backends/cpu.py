@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -90,23 +90,43 @@ def apply_rope(
     conjugate: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Rotate queries and keys; cos and sin are computed once per position for all heads."""
+    outputs = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=_CPU) for x in (query, key)]
+    _rotate((query, key), outputs, rotation, (query_positions, key_positions), conjugate)
+    assert outputs[0] is not None
+    return outputs[0], outputs[1]
+
+
+def apply_rope_in_place(
+    query: Tensor,
+    key: Tensor | None,
+    rotation: Rotation,
+    query_positions: Tensor,
+    key_positions: Tensor | None,
+    conjugate: bool,
+) -> None:
+    """The same, written over the operands."""
+    _rotate((query, key), (query, key), rotation, (query_positions, key_positions), conjugate)
+
+
+def _rotate(
+    inputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | None],
+    rotation: Rotation,
+    positions: Sequence[Tensor | None],
+    conjugate: bool,
+) -> None:
+    query = inputs[0]
     assert _native is not None
-    outputs: list[Tensor | None] = []
+    assert query is not None
     operands: list[tuple[Any, ...]] = []
     keep: list[Tensor] = []
-    for x, positions in ((query, query_positions), (key, key_positions)):
-        if x is None or positions is None:
-            outputs.append(None)
+    for x, out, at in zip(inputs, outputs, positions, strict=True):
+        if x is None or out is None or at is None:
             operands.append(((0, 0, 0, 0), (0, 0, 0, 0), 0, 0, 0, 0))
             continue
-        out = torch.empty(x.shape, dtype=x.dtype, device=_CPU)
-        if positions.stride(-1) != 1:
-            positions = positions.contiguous()
-        keep.append(positions)
-        outputs.append(out)
-        operands.append(
-            (native.operand(x), native.operand(out), positions.data_ptr(), positions.stride(0), *x.shape[1:3])
-        )
+        at = at if at.stride(-1) == 1 else at.contiguous()
+        keep.append(at)
+        operands.append((native.operand(x), native.operand(out), at.data_ptr(), at.stride(0), *x.shape[1:3]))
     tables, keep_tables = native.table_arguments(rotation)
     _native.apply_rope(
         level(),
@@ -119,8 +139,6 @@ def apply_rope(
         torch.get_num_threads(),
     )
     del keep, keep_tables
-    assert outputs[0] is not None
-    return outputs[0], outputs[1]
 
 
 def attention(

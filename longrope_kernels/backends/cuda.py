@@ -76,10 +76,10 @@ def supports(op: str, query: Tensor) -> str | None:
     wanted = "cpu" if _emulated() else "cuda"
     if query.device.type != wanted:
         return f"tensors are on {query.device}, not on {wanted}"
-    dtypes = [torch.float16, torch.bfloat16] + [torch.float32] * (op == "apply_rope")
-    if query.dtype not in dtypes:
+    rotates = op in ("apply_rope", "apply_rope_in_place")
+    if query.dtype not in [torch.float16, torch.bfloat16] + [torch.float32] * rotates:
         return f"no {query.dtype} kernels"
-    if op != "apply_rope" and (query.shape[-1] % 8 or query.shape[-1] > 256):
+    if not rotates and (query.shape[-1] % 8 or query.shape[-1] > 256):
         return f"head_dim {query.shape[-1]} is not a multiple of 8 up to 256"
     return None
 

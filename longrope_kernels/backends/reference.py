@@ -87,6 +87,21 @@ def apply_rope(
     return one(query, query_positions), one(key, key_positions)
 
 
+def apply_rope_in_place(
+    query: Tensor,
+    key: Tensor | None,
+    rotation: Rotation,
+    query_positions: Tensor,
+    key_positions: Tensor | None,
+    conjugate: bool,
+) -> None:
+    """The same, written over the operands."""
+    rotated, rotated_key = apply_rope(query, key, rotation, query_positions, key_positions, conjugate)
+    query.copy_(rotated)
+    if key is not None and rotated_key is not None:
+        key.copy_(rotated_key)
+
+
 class _Problem:
     """Rotated float64 operands, and the visible interval of every query row."""
 

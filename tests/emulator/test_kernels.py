@@ -115,7 +115,7 @@ def test_rotation_in_place_gives_the_same_bits(emulated, dtype, interleaved, rot
     wanted = lk.apply_rope(q, k, scaling, backend="cuda")
     rotation, _ = functional.bundle(q, k, k, scaling)
     at = torch.arange(70).expand(2, -1)
-    cuda.apply_rope_in_place(q, k, rotation, at, at, False)
+    lk.apply_rope_in_place(q, k, scaling, backend="cuda")
     assert torch.equal(q, wanted[0])
     assert torch.equal(k, wanted[1])
     cuda.apply_rope_in_place(q, k, rotation, at, at, True)

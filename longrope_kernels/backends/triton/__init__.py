@@ -77,18 +77,32 @@ def apply_rope(
     conjugate: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Rotate queries and keys; cos and sin are computed once per position for all heads."""
+    rotated = _rotate(query, rotation, query_positions, conjugate)
+    return rotated, None if key is None else _rotate(key, rotation, key_positions, conjugate)
+
+
+def apply_rope_in_place(
+    query: Tensor,
+    key: Tensor | None,
+    rotation: Rotation,
+    query_positions: Tensor,
+    key_positions: Tensor | None,
+    conjugate: bool,
+) -> None:
+    """The same, written over the operands."""
+    _rotate(query, rotation, query_positions, conjugate, in_place=True)
+    if key is not None:
+        _rotate(key, rotation, key_positions, conjugate, in_place=True)
+
+
+def _rotate(x: Tensor, rotation: Rotation, positions: Tensor | None, conjugate: bool, in_place: bool = False) -> Tensor:
     from . import plans
     from .launch import target_of
 
-    target = target_of(query.device)
-    with _on(query.device):
-        rotated, launch = plans.rotate(query, rotation, query_positions, None, conjugate, target)
+    with _on(x.device):
+        out, launch = plans.rotate(x, rotation, positions, None, conjugate, target_of(x.device), in_place=in_place)
         launch.run()
-        if key is None:
-            return rotated, None
-        rotated_key, launch = plans.rotate(key, rotation, key_positions, None, conjugate, target)
-        launch.run()
-    return rotated, rotated_key
+    return out
 
 
 def attention(

@@ -8,9 +8,17 @@
 Two kernels that each recompute the probabilities, and no atomics: the same bits in every run. Rows run over tokens and
 the query heads that share a key head, so dk and dv are complete when a program ends.
 
-Operations: 14 head_dim per visible score against 10 of a kernel that adds dq with atomics; two exponentials.
-Bound by the tensor cores. Rotating q and k first costs 4 head_dim bytes a row each; in the tile it would be done once
-per block of the other operand, in both kernels.
+Per visible score, D for head_dim:
+
+    backward_query_kernel   6 D in products, an exponential and about 5 more
+    backward_key_kernel     8 D in products, the same
+
+14 D against 10 of a kernel that adds dq with atomics. Bytes, of e an element: backward_query_kernel reads q, dO and 8
+of lse and D and writes dq, 3 e D + 8 a row, and reads k and v, 2 e D a key, once a row block; backward_key_kernel reads
+k and v and writes dk and dv, 4 e D a key, and reads q, dO, lse and D, 2 e D + 8 a row, once a key block. What is read
+again comes from L2: in bf16 64 rows spend 384 D operations on the 4 D bytes of a key, 96 a byte, and 64 keys 512 D on
+those of a row, 128 a byte. Bound by the tensor cores, where L2 keeps up with that. Rotating q and k first costs 4
+head_dim bytes a row each; in the tile it would be done once per block of the other operand, in both kernels.
 
 The gradient of inverse frequency i is the sum of p (a db - b da) over positions p >= n-hat, with (a, b) the rotated,
 rounded operand and (da, db) its fp32 gradient before it is rotated back. The cross product and the sum are fp64: q's
@@ -58,6 +66,9 @@ def delta_kernel(
     HAS_GRAD_LSE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
+    """One number a row. Bytes: out and dO once, 2 e D + 4, and 8 more with a gradient of lse; operations: 2 D. Bound by
+    memory.
+    """
     program = tl.program_id(0)
     token = program % token_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     head = ((program // token_blocks) % query_heads).to(tl.int64)

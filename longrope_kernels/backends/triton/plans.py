@@ -47,18 +47,19 @@ def rotate(
     target: str,
     scratch: bool = False,
     packed: tuple[Tensor, Tensor] | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Launch]:
     """Rotate x [B, H, T, D] at int64[B, T] positions, or from int64[B] `first_index` on.
 
     `packed`: the first row and the tokens of each sequence of x [1, H, T, D].
 
     Returns:
-        The result, like x or in the scratch layout [B, H, T, width], and the launch that fills it.
+        The result, like x or in the scratch layout [B, H, T, width], and the launch that fills it; x itself `in_place`.
     """
     batch, heads, tokens, head_dim = x.shape
     pairs = rotation.turns.shape[-1]
     row = width(head_dim, pairs)
-    out = x.new_empty((batch, heads, tokens, row if scratch else head_dim))
+    out = x if in_place else x.new_empty((batch, heads, tokens, row if scratch else head_dim))
     config = configs.rotate(target, row)
     slots, counts = packed if packed is not None else (None, None)
     bounds = Sequences(rotation.start_tokens, rotation.start_tokens, rotation.start_tokens, slots, counts)
@@ -88,6 +89,7 @@ def rotate(
         "CONJUGATE": conjugate,
         "HAS_POSITIONS": positions is not None,
         "TO_SCRATCH": scratch,
+        "IN_PLACE": in_place,
         "BLOCK": config.rows,
     }
     grid = (batch * token_blocks, -(-heads // in_program) if heads else 0)

@@ -4,6 +4,10 @@ A program takes BLOCK tokens of one sequence and computes their cos and sin once
 position costs 2 to 4 integer multiply-adds and a polynomial of 9 terms for each pair, shared by the heads, and no
 table is read. Bytes: each element once in and once out. Bound by memory.
 
+Out may be x: no program reads what another one writes, and within one the threads meet at a barrier between the loads
+of a head and its stores, since a tile of fewer elements than threads is loaded by several of them. What does not rotate
+is then left where it is.
+
 The scratch layout is [a | b | rest], each padded with zeros to a power of two, whatever the layout of the pairs: rows
 are aligned, and kernels read them without masks in the head dimension.
 """
@@ -48,6 +52,7 @@ def rotate_kernel(
     CONJUGATE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     TO_SCRATCH: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # out is x
     BLOCK: tl.constexpr,
 ):
     HAS_ROPE: tl.constexpr = PAIRS > 0
@@ -96,11 +101,13 @@ def rotate_kernel(
             b_ = b_.to(tl.float32)
             turned_a = a * c - b_ * s
             turned_b = b_ * c + a * s
+            if IN_PLACE:
+                tl.debug_barrier()
             if TO_SCRATCH:
                 store_pairs(target, inside, turned_a, turned_b, PAIR_BLOCK, PAIR_BLOCK, False)
             else:
                 store_pairs(target, inside, turned_a, turned_b, PAIRS, PAIR_BLOCK, INTERLEAVED)
-        if HAS_REST:
+        if HAS_REST and not IN_PLACE:
             rest = load_dims(source, inside, 2 * PAIRS, HEAD_DIM - 2 * PAIRS, REST_BLOCK, True)
             if TO_SCRATCH:
                 store_dims(target, inside, rest, 2 * PAIR_BLOCK, REST_BLOCK, REST_BLOCK)
