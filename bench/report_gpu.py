@@ -1,15 +1,20 @@
 """What the Triton kernels compile to, on a machine without a GPU: registers, spills, shared memory, instructions.
 
     python -m bench.report_gpu [--quick] [--json FILE] [--target T] [--op OP]
+    python -m bench.report_gpu --ceilings
 
 Each kernel is compiled as a call on a GPU would launch it: the launches come from the backend's own plans, made for
 tensors on the meta device. Triton caches what it compiles by source, so a second run is quick. What a kernel must not
 have (`Report.faults`) is listed behind the table, and then the exit status is 1.
+
+What the kernels may take on gfx942 is in ceilings.json, for one version of Triton; with others nothing is compared.
+--ceilings compiles everything for gfx942 and writes what it takes now.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import itertools
 import json
@@ -22,7 +27,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,7 +36,8 @@ from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longrope_kernels.backends.triton import plans, plans_backward
+from longrope_kernels.backends.triton import configs, plans, plans_backward
+from longrope_kernels.backends.triton.configs import Config
 from longrope_kernels.backends.triton.launch import BLACKWELL, TRITON, Launch
 from longrope_kernels.bundles import KEY_GROUP, Geometry, Packing, Pages, Rotation
 
@@ -74,15 +80,38 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
-# The kernels that multiply matrices, and the instruction that says they do it on the tensor cores.
+# The kernels that multiply matrices. In one of 16 bits the tensor cores must do it.
 MATMUL_KERNELS = ("forward_kernel", "decode_kernel", "backward_query_kernel", "backward_key_kernel")
-# On sm_90 tiles of fewer than 64 rows, those of decode, are too small for wgmma and take mma.sync.
-MATMUL = {
-    "sm_80": ("ptx", r"mma\.sync"),
-    "sm_90": ("ptx", r"wgmma\.mma_async|mma\.sync"),
-    "gfx942": ("amdgcn", r"v_mfma"),
-}
-MATMUL["sm_100"] = ("ptx", r"tcgen05\.mma|mma\.sync")
+WARP_MATMUL = re.compile("[HIQ]MMA")  # SASS of mma.sync
+GROUP_MATMUL = re.compile("[HIQ]GMMA|UTC[A-Z]+MMA")  # of wgmma and of tcgen05.mma
+GROUP_ROWS = 64  # of the least product that wgmma computes
+# What the committed ceilings hold a kernel to.
+CEILINGS = pathlib.Path(__file__).with_name("ceilings.json")
+CEILING_TARGET = "gfx942"
+BOUNDED = (
+    "registers",
+    "accumulators",
+    "vector_spills",
+    "scalar_spills",
+    "spill_bytes",
+    "shared_bytes",
+    "instructions",
+)
+
+
+@functools.cache
+def ceilings() -> dict[str, dict[str, int]]:
+    """What each kernel may take on gfx942, by `Report.name`; none where the file is of another Triton than this."""
+    content = json.loads(CEILINGS.read_text())
+    return content["kernels"] if content["triton"] == triton.__version__ else {}
+
+
+def write_ceilings(rows: Iterable[Report]) -> None:
+    """Commit to what the reports say."""
+    lines = [f"  {json.dumps(row.name)}: {json.dumps({name: getattr(row, name) for name in BOUNDED})}" for row in rows]
+    kernels = ",\n".join(sorted(lines))
+    CEILINGS.write_text(f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{kernels}\n }}\n}}\n')
+    ceilings.cache_clear()
 
 
 QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # caches, by the first word of an op
@@ -149,10 +178,10 @@ def launches(case: Case) -> list[Launch]:
     target = case.target
     if case.op == "rope":
         return [plans.rotate(key, rotation, positions[1], None, False, target)[1]]
+    if case.op.endswith("append"):
+        return plans.cache_append(key, key, _pages(case, lengths), lengths)
     if in_pages:
         return plans.attention_paged(query, _pages(case, lengths), rotation, geometry, target)[2]
-    if case.op == "append":
-        return [x for op in ("append", *QUANTISED) for x in _appends(replace(case, op=op), key, lengths)]
     lse = torch.empty(query.shape[:-1], **meta)
     if case.op in ("packed", "packed backward"):
         packing = Packing(
@@ -182,10 +211,6 @@ def _pages(case: Case, lengths: torch.Tensor) -> Pages:
     key_scale = torch.empty(count, key_heads, size // KEY_GROUP, case.head_dim, **meta)
     tail = torch.empty(len(lengths), key_heads, KEY_GROUP, case.head_dim, dtype=case.dtype, **meta)
     return Pages(pages, pages, table, lengths, key_scale, torch.empty(count, key_heads, size, **meta), tail)
-
-
-def _appends(case: Case, key: torch.Tensor, lengths: torch.Tensor) -> list[Launch]:
-    return plans.cache_append(key, key, _pages(case, lengths), lengths)
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
@@ -236,50 +261,77 @@ class Report:
     target: str
     case: str
     kernel: str
-    tile: str
-    warps: int
-    stages: int
-    registers: int  # a thread; on AMD vector registers, accumulators included
-    spill_bytes: int  # local memory of a thread, for spills or anything else
-    shared_bytes: int
-    matmuls: int  # tensor-core instructions
-    instructions: int
+    config: Config
+    registers: int = 0  # a thread; on AMD vector registers, accumulators included
+    spill_bytes: int = 0  # local memory of a thread, for spills or anything else
+    shared_bytes: int = 0
+    matmuls: int = 0  # tensor-core instructions
+    group_matmuls: int = 0  # of these, on sm_90 those of a warpgroup (wgmma), on sm_100 tcgen05.mma
+    instructions: int = 0
+    accumulators: int = 0  # AMD's, as are the two below: of the registers, those beside the products
+    vector_spills: int = 0  # registers that were spilled: to memory, or to accumulators
+    scalar_spills: int = 0  # to memory, or to lanes of a vector register
     error: str = ""  # what the compiler said where it failed; the numbers are 0 then
+
+    @property
+    def name(self) -> str:
+        """The kernel and its case."""
+        return f"{self.kernel} ({self.case})"
+
+    @property
+    def tile(self) -> str:
+        """Rows and keys of the tile, and how keys come, in words."""
+        config = self.config
+        tile = f"{config.rows} x {config.keys}" if config.keys else str(config.rows)
+        return tile + " by descriptors" * config.descriptors
 
     @property
     def faults(self) -> list[str]:
         """What a kernel must not have, each as a line: local memory, too much shared memory, no tensor cores."""
-        found = [f"does not compile: {self.error}"] * bool(self.error)
-        if self.shared_bytes > SHARED_LIMIT[self.target]:
-            found.append(f"{self.shared_bytes} bytes of shared memory, of {SHARED_LIMIT[self.target]}")
-        if self.spill_bytes:
-            found.append(f"{self.spill_bytes} bytes of local memory")
-        if not (self.error or self.matmuls) and self.kernel in MATMUL_KERNELS and "float32" not in self.case:
-            found.append("no tensor-core instruction")
-        where = f"{self.target} {self.kernel} ({self.case}, tile {self.tile}, {self.warps} warps)"
+        if self.error:
+            found = [f"does not compile: {self.error}"]
+        else:
+            found = [*self._excesses(), *self._missing_tensor_cores()]
+        where = f"{self.target} {self.kernel} ({self.case}, tile {self.tile}, {self.config.warps} warps)"
         return [f"{where}: {fault}" for fault in found]
+
+    def _excesses(self) -> Iterator[str]:
+        if self.shared_bytes > SHARED_LIMIT[self.target]:
+            yield f"{self.shared_bytes} bytes of shared memory, of {SHARED_LIMIT[self.target]}"
+        if self.spill_bytes:
+            yield f"{self.spill_bytes} bytes of local memory"
+        if self.target == CEILING_TARGET and ceilings():
+            if self.name not in ceilings():
+                yield f"no ceiling in {CEILINGS.name} (python -m bench.report_gpu --ceilings writes them)"
+            for what, most in ceilings().get(self.name, {}).items():
+                if getattr(self, what) > most:
+                    yield f"{getattr(self, what)} {what.replace('_', ' ')}, of {most} in {CEILINGS.name}"
+
+    def _missing_tensor_cores(self) -> Iterator[str]:
+        if self.kernel not in MATMUL_KERNELS or "float32" in self.case:
+            return
+        # The kernel of d key and d value computes the transposed products.
+        rows = self.config.keys if self.kernel == "backward_key_kernel" else self.config.rows
+        others = self.matmuls - self.group_matmuls
+        if not self.matmuls:
+            yield "no tensor-core instruction"
+        elif self.target == "sm_90" and rows >= GROUP_ROWS and others:
+            yield f"{others} of {self.matmuls} tensor-core instructions are not wgmma"
 
 
 def report(launch: Launch, target: str, label: str) -> Report:
     """Compile a launch and read what it takes."""
-    config = launch.config
-    tile = f"{config.rows} x {config.keys}" if config.keys else str(config.rows)
-    if config.descriptors:
-        tile += " by descriptors"
-    head = (target, label, launch.name, tile, config.warps, config.stages)
+    head = (target, label, launch.name, launch.config)
     try:
         compiled = compile_launch(launch, target)
     except Exception as error:  # whatever a compiler raises, the other kernels are reported
-        return Report(*head, 0, 0, 0, 0, 0, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+        return Report(*head, error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
     read = _amd if target.startswith("gfx") else _nvidia
-    registers, spill_bytes, instructions = read(compiled)
-    kind, pattern = MATMUL[target]
-    matmuls = len(re.findall(pattern, compiled.asm[kind]))
-    return Report(*head, registers, spill_bytes, int(compiled.metadata.shared), matmuls, instructions)
+    return Report(*head, shared_bytes=int(compiled.metadata.shared), **read(compiled))
 
 
-def _nvidia(compiled: Any) -> tuple[int, int, int]:
-    """Registers, bytes of local memory and instructions, from the cubin."""
+def _nvidia(compiled: Any) -> dict[str, int]:
+    """What the cubin says."""
     tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -289,19 +341,30 @@ def _nvidia(compiled: Any) -> tuple[int, int, int]:
         ).stdout
         sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     stack, local = (int(_one(rf"{name}:(\d+)", usage)) for name in ("STACK", "LOCAL"))
-    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", sass, re.MULTILINE)
-    return int(_one(r"REG:(\d+)", usage)), max(stack, local), len(code)
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ +)?(\w+).*;", sass, re.MULTILINE)
+    by_warp, by_group = (sum(bool(kind.fullmatch(x)) for x in opcodes) for kind in (WARP_MATMUL, GROUP_MATMUL))
+    return {
+        "registers": int(_one(r"REG:(\d+)", usage)),
+        "spill_bytes": max(stack, local),
+        "matmuls": by_warp + by_group,
+        "group_matmuls": by_group,
+        "instructions": len(opcodes),
+    }
 
 
-def _amd(compiled: Any) -> tuple[int, int, int]:
-    """Registers, bytes of scratch and instructions, from the assembly's metadata."""
+def _amd(compiled: Any) -> dict[str, int]:
+    """What the assembly and its metadata say."""
     text = compiled.asm["amdgcn"]
     code = re.findall(r"^\t[sv]_|^\t(?:ds|buffer|global|flat|scratch)_", text, re.MULTILINE)
-    return (
-        int(_one(r"\.vgpr_count:\s+(\d+)", text)),
-        int(_one(r"\.private_segment_fixed_size:\s+(\d+)", text)),
-        len(code),
-    )
+    names = {
+        "registers": "vgpr_count",
+        "accumulators": "agpr_count",
+        "vector_spills": "vgpr_spill_count",
+        "scalar_spills": "sgpr_spill_count",
+        "spill_bytes": "private_segment_fixed_size",
+    }
+    numbers = {name: int(_one(rf"\.{field}:\s+(\d+)", text)) for name, field in names.items()}
+    return numbers | {"matmuls": len(re.findall("v_mfma", text)), "instructions": len(code)}
 
 
 def _one(pattern: str, text: str) -> str:
@@ -319,27 +382,85 @@ OPS = (
     "packed",
     "packed backward",
     "append",
+    *(f"{kind} append" for kind in QUANTISED),
     "8 tokens",
     "16 tokens",
     *(f"{kind} 16 tokens" for kind in QUANTISED),
 )
 
 
+Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
+# The launch that an entry belongs to: op of a Case, function of the kernel, general features.
+LAUNCHES = {
+    "forward": ("forward", "forward_kernel", False),
+    "forward extras": ("in tile", "forward_kernel", True),
+    "forward int8": ("int8 in tile", "forward_kernel", True),
+    "forward fp8": ("fp8 in tile", "forward_kernel", True),
+    "decode": ("decode", "decode_kernel", True),
+    "decode int8": ("int8", "decode_kernel", True),
+    "decode fp8": ("fp8", "decode_kernel", True),
+    "split 16": ("decode at positions", "forward_kernel", True),
+    "split 32": ("8 tokens", "forward_kernel", True),
+    "split 64": ("16 tokens", "forward_kernel", True),
+    "backward query": ("backward", "backward_query_kernel", False),
+    "backward query extras": ("backward", "backward_query_kernel", True),
+    "backward key": ("backward", "backward_key_kernel", False),
+    "backward key extras": ("backward", "backward_key_kernel", True),
+}
+DTYPES = {"16": torch.bfloat16, "32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One place of the table."""
+
+    kernel: str
+    target: str
+    bits: str
+    width: str
+
+    @property
+    def case(self) -> Case:
+        """A call that takes this entry; the widest is a head of 256 dims of which 64 rotate."""
+        op, _, general = LAUNCHES[self.kernel]
+        rotary = 64 if self.width == "512" else None
+        return Case(self.target, op, min(int(self.width), 256), DTYPES[self.bits], rotary, general=general)
+
+    def config(self, table: Table) -> Config:
+        """The tile that the table has here."""
+        return Config(*table[self.kernel][self.target][self.bits][self.width])
+
+
+def entries(table: Table, **wanted: str | None) -> Iterator[Entry]:
+    """The places of the table that match what is wanted (None: any)."""
+    for kernel, targets in table.items():
+        for target, sizes in targets.items():
+            for bits, widths in sizes.items():
+                for width in widths:
+                    entry = Entry(kernel, target, bits, width)
+                    if all(value in (None, getattr(entry, name)) for name, value in wanted.items()):
+                        yield entry
+
+
 def quick_cases() -> Iterator[Case]:
     """The sample of `make test`: what a Llama-like model runs, on each target."""
-    for target in TARGETS:
-        yield Case(target, "forward")
-    yield Case("sm_80", "decode")
-    yield Case("sm_90", "decode")
-    yield Case("sm_90", "backward")
-    for target in ("sm_80", "sm_90", "gfx942"):  # fp8 in integers, and converted by the chip
-        if target in TARGETS:
-            yield Case(target, "fp8")
+    cases = [Case(target, "forward") for target in ("sm_80", "sm_90", "sm_100", "gfx942")]
+    cases += [Case(target, "decode") for target in ("sm_80", "sm_90")]
+    cases += [Case("sm_90", "backward"), Case("sm_80", "backward"), Case("gfx942", "packed backward")]
+    # fp8 in integers, and converted by the chip
+    cases += [Case(target, "fp8") for target in ("sm_80", "sm_90", "gfx942")]
+    cases += [Case("sm_90", "pages"), Case("sm_90", "packed"), Case("sm_90", "append"), Case("sm_80", "fp8 append")]
+    yield from (case for case in cases if case.target in TARGETS)
 
 
 def all_cases() -> Iterator[Case]:
-    """Every configuration that the heuristics can choose."""
+    """Every configuration that the heuristics can choose, and what changes a kernel beside its configuration.
+
+    The sample comes first: of launches that compile to the same, it is the first case that is reported.
+    """
+    yield from quick_cases()
     for target in TARGETS:
+        yield from (entry.case for entry in entries(configs.table(), target=target))
         for op, head_dim in itertools.product(PLAIN_OPS, (64, 128, 256)):
             yield Case(target, op, head_dim)
         of_caches = [x for kind in QUANTISED for x in (kind, f"{kind} in tile")]
@@ -359,7 +480,8 @@ def all_cases() -> Iterator[Case]:
                 yield Case(target, op, head_dim)
             yield Case(target, op, 128, general=True, interleaved=True)
             yield Case(target, op, 128, torch.float32)
-        yield Case(target, "append")
+        for op in ("append", *(f"{kind} append" for kind in QUANTISED)):
+            yield Case(target, op)
         for op in PLAIN_OPS:
             yield Case(target, op, 80)
             yield Case(target, op, 96, torch.float16, general=True)
@@ -370,10 +492,9 @@ def all_cases() -> Iterator[Case]:
             yield Case(target, op, 256, torch.float32)
 
 
-def reports(cases: Iterable[Case], jobs: int = 1) -> Iterator[Report]:
-    """Compile the cases, each kernel of each once: launches that differ in nothing compiled are skipped."""
+def distinct(cases: Iterable[Case]) -> Iterator[tuple[Case, int, Launch]]:
+    """The launches of the cases, each with its place in its case, without those that differ in nothing compiled."""
     seen = set()
-    work = []
     for case in cases:
         for place, launch in enumerate(launches(case)):
             compiled = tuple(
@@ -384,7 +505,12 @@ def reports(cases: Iterable[Case], jobs: int = 1) -> Iterator[Report]:
             key = (case.target, launch.name, launch.config, compiled)
             if key not in seen:
                 seen.add(key)
-                work.append((case, place))
+                yield case, place, launch
+
+
+def reports(cases: Iterable[Case], jobs: int = 1) -> Iterator[Report]:
+    """Compile the launches of the cases that are distinct."""
+    work = [(case, place) for case, place, _ in distinct(cases)]
     if jobs == 1:
         yield from map(_report, work)
         return
@@ -400,11 +526,25 @@ def _report(work: tuple[Case, int]) -> Report:
 
 def table(rows: list[Report]) -> str:
     """The reports as text."""
-    head = ("target", "kernel", "case", "tile", "warps", "stages", "regs", "spill B", "shared kB", "matmul", "instr")
+    head = (
+        "target",
+        "kernel",
+        "case",
+        "tile",
+        "warps",
+        "stages",
+        "regs",
+        "spill B",
+        "shared kB",
+        "matmul",
+        "wgmma",
+        "instr",
+    )
     lines = [head]
     for r in rows:
         shared = f"{r.shared_bytes / 1024:.1f}"
-        numbers = (r.warps, r.stages, r.registers, r.spill_bytes, shared, r.matmuls, r.instructions)
+        matmuls = (r.matmuls, r.group_matmuls)
+        numbers = (r.config.warps, r.config.stages, r.registers, r.spill_bytes, shared, *matmuls, r.instructions)
         lines.append((r.target, r.kernel, r.case, r.tile, *map(str, numbers)))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -417,8 +557,15 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     parser.add_argument("--target", choices=list(TARGETS), help="one target only")
     parser.add_argument("--op", choices=OPS, help="one op only")
+    parser.add_argument("--ceilings", action="store_true", help=f"write {CEILINGS.name} from all of {CEILING_TARGET}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers side by side")
     arguments = parser.parse_args()
+    if arguments.ceilings:
+        if arguments.quick or arguments.op or arguments.target not in (None, CEILING_TARGET):
+            parser.error(f"--ceilings is of all cases of {CEILING_TARGET}: without --quick, --op or another --target")
+        if CEILING_TARGET in LEFT_OUT:
+            parser.error(f"--ceilings: {CEILING_TARGET} is left out: {LEFT_OUT[CEILING_TARGET]}")
+        arguments.target = CEILING_TARGET
     for target, reason in LEFT_OUT.items():
         print(f"{target} is left out: {reason}", file=sys.stderr)
     cases = quick_cases() if arguments.quick else all_cases()
@@ -432,6 +579,10 @@ def main() -> None:
     if arguments.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         arguments.json.write_text(json.dumps({"versions": versions, "kernels": [asdict(r) for r in rows]}, indent=1))
+    if arguments.ceilings:
+        write_ceilings(row for row in rows if not row.error)
+    elif not ceilings():
+        print(f"{CEILINGS.name} is of another Triton than {triton.__version__}: not compared", file=sys.stderr)
     if faults := [fault for row in rows for fault in row.faults]:
         sys.exit("\n".join(faults))
 

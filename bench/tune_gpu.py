@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,62 +31,10 @@ from longrope_kernels.backends.triton.configs import Config
 from longrope_kernels.bundles import KEY_GROUP
 
 from . import report_gpu
-
-Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
-# The launch that an entry belongs to: op of a report_gpu.Case, function of the kernel, general features.
-LAUNCHES = {
-    "forward": ("forward", "forward_kernel", False),
-    "forward extras": ("in tile", "forward_kernel", True),
-    "forward int8": ("int8 in tile", "forward_kernel", True),
-    "forward fp8": ("fp8 in tile", "forward_kernel", True),
-    "decode": ("decode", "decode_kernel", True),
-    "decode int8": ("int8", "decode_kernel", True),
-    "decode fp8": ("fp8", "decode_kernel", True),
-    "split 16": ("decode at positions", "forward_kernel", True),
-    "split 32": ("8 tokens", "forward_kernel", True),
-    "split 64": ("16 tokens", "forward_kernel", True),
-    "backward query": ("backward", "backward_query_kernel", False),
-    "backward query extras": ("backward", "backward_query_kernel", True),
-    "backward key": ("backward", "backward_key_kernel", False),
-    "backward key extras": ("backward", "backward_key_kernel", True),
-}
-DTYPES = {"16": torch.bfloat16, "32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One place of the table."""
-
-    kernel: str
-    target: str
-    bits: str
-    width: str
-
-    @property
-    def case(self) -> report_gpu.Case:
-        """A call that takes this entry; the widest is a head of 256 dims of which 64 rotate."""
-        op, _, general = LAUNCHES[self.kernel]
-        rotary = 64 if self.width == "512" else None
-        return report_gpu.Case(self.target, op, min(int(self.width), 256), DTYPES[self.bits], rotary, general=general)
-
-    def config(self, table: Table) -> Config:
-        """The tile that the table has here."""
-        return Config(*table[self.kernel][self.target][self.bits][self.width])
-
+from .report_gpu import DTYPES, LAUNCHES, Entry, Table, entries
 
 # Seconds, or another cost, of an entry with the tile that the table has now; None: that tile cannot be taken.
 Cost = Callable[[Entry], float | None]
-
-
-def entries(table: Table, **wanted: str | None) -> Iterator[Entry]:
-    """The places of the table that match what is wanted (None: any)."""
-    for kernel, targets in table.items():
-        for target, sizes in targets.items():
-            for bits, widths in sizes.items():
-                for width in widths:
-                    entry = Entry(kernel, target, bits, width)
-                    if all(value in (None, getattr(entry, name)) for name, value in wanted.items()):
-                        yield entry
 
 
 def candidates(kernel: str, target: str, present: Config) -> list[Config]:

@@ -1,6 +1,8 @@
 """The Triton kernels compiled ahead of time for GPUs that are not here: no spills, tensor cores, shared memory."""
 
 import dataclasses
+import itertools
+import json
 import os
 import re
 
@@ -11,8 +13,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted, not compiled", allow_module_level=True)
 
-from bench import report_gpu, tune_gpu
+from bench import report_gpu
 from longrope_kernels.backends.triton import configs, descriptors
+from longrope_kernels.backends.triton.configs import Config
 
 
 def compile_all(cases, jobs=1):
@@ -23,9 +26,11 @@ def compile_all(cases, jobs=1):
     return len(rows)
 
 
-def report_of(**changes):
-    sound = ("sm_90", "forward, bfloat16", "forward_kernel", "128 x 64", 8, 2, 200, 0, 65536, 16, 3000)
-    return dataclasses.replace(report_gpu.Report(*sound), **changes)
+def report_of(target="sm_90", config=(128, 64, 8, 2), **changes):
+    sound = report_gpu.Report(
+        target, "forward, bfloat16", "forward_kernel", Config(*config), 200, 0, 65536, 16, 16, 3000
+    )
+    return dataclasses.replace(sound, **changes)
 
 
 @pytest.mark.parametrize(
@@ -34,15 +39,95 @@ def report_of(**changes):
         ({}, None),
         ({"spill_bytes": 48}, "48 bytes of local memory"),
         ({"shared_bytes": 228 * 1024}, "233472 bytes of shared memory, of 232448"),
-        ({"matmuls": 0}, "no tensor-core instruction"),
+        ({"matmuls": 0, "group_matmuls": 0}, "no tensor-core instruction"),
         ({"matmuls": 0, "case": "forward, float32"}, None),
         ({"matmuls": 0, "kernel": "append_kernel"}, None),
-        ({"matmuls": 0, "error": "PTXASError: no"}, "does not compile: PTXASError: no"),
+        ({"error": "PTXASError: no", "matmuls": 0}, "does not compile: PTXASError: no"),
+        ({"group_matmuls": 12}, "4 of 16 tensor-core instructions are not wgmma"),
+        ({"group_matmuls": 0, "target": "sm_80", "shared_bytes": 0}, None),
     ],
 )
 def test_what_a_kernel_must_not_have_is_a_line(changes, fault):
     where = "sm_90 forward_kernel (forward, bfloat16, tile 128 x 64, 8 warps)"
     assert report_of(**changes).faults == ([] if fault is None else [f"{where}: {fault}"])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tile", "refused"),
+    [
+        ("forward_kernel", (32, 64), False),
+        ("backward_query_kernel", (32, 128), False),
+        ("backward_query_kernel", (64, 16), True),
+        ("backward_key_kernel", (64, 32), False),
+        ("backward_key_kernel", (32, 64), True),
+    ],
+)
+def test_products_of_64_rows_are_wgmma_on_hopper_and_smaller_ones_need_not(kernel, tile, refused):
+    """The rows of a product: those of the tile, and its keys where dk and dv are computed."""
+    row = report_of(config=(*tile, 8, 2), kernel=kernel, group_matmuls=0)
+    assert bool(row.faults) == refused
+
+
+def test_tensor_cores_are_known_by_their_sass():
+    for pattern, opcodes in {
+        report_gpu.WARP_MATMUL: ["HMMA", "IMMA", "QMMA"],
+        report_gpu.GROUP_MATMUL: ["HGMMA", "IGMMA", "UTCHMMA", "UTCQMMA"],
+    }.items():
+        assert [x for x in (*opcodes, "FFMA", "UTMALDG", "UTCBAR", "HFMA2") if pattern.fullmatch(x)] == opcodes
+
+
+@pytest.fixture
+def one_ceiling(monkeypatch, tmp_path):
+    """A file of ceilings with one kernel, as it is written."""
+    monkeypatch.setattr(report_gpu, "CEILINGS", tmp_path / "ceilings.json")
+    sound = report_of("gfx942", shared_bytes=1024)
+    report_gpu.write_ceilings([sound])
+    yield sound
+    report_gpu.ceilings.cache_clear()
+
+
+@pytest.mark.parametrize("what", report_gpu.BOUNDED)
+def test_a_kernel_above_its_ceiling_is_refused(one_ceiling, what):
+    assert one_ceiling.faults == []
+    had = getattr(one_ceiling, what)
+    more = dataclasses.replace(one_ceiling, **{what: had + 1})
+    assert any(f": {had + 1} {what.replace('_', ' ')}, of {had} in ceilings.json" in fault for fault in more.faults)
+    if had:
+        assert dataclasses.replace(one_ceiling, **{what: had - 1}).faults == []
+
+
+def test_a_kernel_without_a_ceiling_is_refused(one_ceiling):
+    (fault,) = dataclasses.replace(one_ceiling, case="another").faults
+    assert "no ceiling in ceilings.json (python -m bench.report_gpu --ceilings writes them)" in fault
+    assert dataclasses.replace(one_ceiling, target="sm_90", case="another").faults == []
+
+
+def test_ceilings_of_another_triton_hold_nothing(one_ceiling):
+    written = json.loads(report_gpu.CEILINGS.read_text())
+    report_gpu.CEILINGS.write_text(json.dumps(written | {"triton": "0.0"}))
+    report_gpu.ceilings.cache_clear()
+    assert dataclasses.replace(one_ceiling, instructions=10**6).faults == []
+
+
+@pytest.mark.skipif("gfx942" not in report_gpu.TARGETS, reason="this Triton does not compile for gfx942")
+def test_every_kernel_of_gfx942_has_a_ceiling_and_no_other():
+    cases = (case for case in report_gpu.all_cases() if case.target == "gfx942")
+    names = [f"{launch.name} ({case.label})" for case, _, launch in report_gpu.distinct(cases)]
+    assert len(set(names)) == len(names), "a name stands for one kernel"
+    assert set(json.loads(report_gpu.CEILINGS.read_text())["kernels"]) == set(names)
+
+
+def test_every_entry_of_the_table_is_taken_by_a_case(monkeypatch):
+    """Each entry gets a number of warps that is its own, and the launches say which they took."""
+    number = itertools.count(1000)
+    entries = [entry for entry in report_gpu.entries(configs.table()) if entry.target in report_gpu.TARGETS]
+    numbered = {entry: next(number) for entry in entries}
+    table = json.loads(configs.TABLE.read_text())
+    for entry, warps in numbered.items():
+        table[entry.kernel][entry.target][entry.bits][entry.width] = [16, 16, warps, 1]
+    monkeypatch.setattr(configs, "table", lambda: table)
+    taken = {launch.config.warps for case in report_gpu.all_cases() for launch in report_gpu.launches(case)}
+    assert [entry for entry, warps in numbered.items() if warps not in taken] == []
 
 
 def test_a_kernel_that_does_not_compile_does_not_hide_the_others(monkeypatch):
@@ -58,7 +143,7 @@ def test_a_kernel_that_does_not_compile_does_not_hide_the_others(monkeypatch):
 
 
 def test_a_sample_compiles_without_spills_and_onto_tensor_cores():
-    assert compile_all(report_gpu.quick_cases()) >= 10
+    assert compile_all(report_gpu.quick_cases()) >= 20
 
 
 def test_the_widest_tile_of_ampere_fits_the_chips_that_share_it():
@@ -74,7 +159,7 @@ def test_the_widest_tile_of_ampere_fits_the_chips_that_share_it():
 @pytest.mark.parametrize("target", report_gpu.TARGETS)
 def test_every_configuration_compiles(target):
     cases = (case for case in report_gpu.all_cases() if case.target == target)
-    assert compile_all(cases, len(os.sched_getaffinity(0))) >= 100
+    assert compile_all(cases, len(os.sched_getaffinity(0))) >= 200
 
 
 def test_hopper_prefill_runs_on_wgmma_and_waits_for_nothing_but_its_loads():
@@ -88,7 +173,7 @@ def test_hopper_prefill_runs_on_wgmma_and_waits_for_nothing_but_its_loads():
 
 def whole_forward(target, width, descriptors):
     """The launch of a whole forward with its present tile."""
-    entry = tune_gpu.Entry("forward", target, "16", width)
+    entry = report_gpu.Entry("forward", target, "16", width)
     with configs.by_descriptors(descriptors):
         (launch,) = [x for x in report_gpu.launches(entry.case) if x.name == "forward_kernel"]
     assert launch.config.descriptors == descriptors
