@@ -188,11 +188,11 @@ PLANTED = {
         0,
         "no thread can go on|in flight|one arrival",
     ),
-    "dq: no warp barrier after what is known of the rows": (
-        "store_shared(known_at(r), known);\n            }\n            warp_sync();",
-        "store_shared(known_at(r), known);\n            }\n",
+    "dq: no turn before what is known of the rows is read": (
+        "wait_for_turn(group);\n                multiply_values",
+        "multiply_values",
         0,
-        "race|nothing wrote",
+        "race|nothing wrote|arrives twice at barrier",
     ),
     "dq: a tail one row too long": ("if (left < S::kKeys) {", "if (left + 1 < S::kKeys) {", 0, "wrong result"),
     "dq: a mask one key too wide": ("mask(first, slopes)", "mask(first - 1, slopes)", 0, "wrong result"),

@@ -152,9 +152,8 @@ LONGROPE_DEVICE void consume_keys(const GradientLaunch& launch, int group) {
                 }
                 if (lane_index() % 4 != 0) continue;
                 seen_keys.put(r, mine);
-                store_shared(known_at(r), known);
+                store_shared(known_at(r), known);  // read after the group's turn, which all of its threads wait for
             }
-            warp_sync();
         }
         const auto queries = rows.tile(blocks).first(), grads = rows.tile(blocks).second();
         float out[kHeadDim / 8][4] = {};
