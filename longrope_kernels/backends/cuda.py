@@ -216,10 +216,8 @@ def attention_paged(query: Tensor, pages: Pages, rotation: Rotation, geometry: G
     cache = [x for x in (pages.key, pages.value, pages.key_scale, pages.value_scale, pages.key_tail) if x is not None]
     call = _Attention(arguments, [query, *cache, *keep], [out, lse])
     rows = query.shape[1] // pages.key.shape[1] * query.shape[2]
-    # What the block table can hold bounds every length without asking the device.
-    key_tokens = pages.block_table.shape[1] * pages.page_tokens
     if rows <= _decode_rows():
-        call.decode(rows, key_tokens)
+        call.decode(rows, pages.capacity)  # bounds every length without asking the device
         return out, lse
     shape = (query.shape[0], pages.key.shape[1], int(pages.length.max()), query.shape[3])
     key, value = (torch.empty(shape, dtype=query.dtype, device=query.device) for _ in range(2))

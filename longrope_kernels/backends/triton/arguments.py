@@ -54,7 +54,7 @@ class Sequences:
     @classmethod
     def of_pages(cls, query: Tensor, pages: Pages, geometry: Geometry) -> Sequences:
         """Sequences of a cache: their queries are their last tokens unless the geometry says where they begin."""
-        length = pages.length.clamp(max=room(pages))
+        length = pages.length.clamp(max=pages.capacity)
         start = length - query.shape[2] if geometry.query_start is None else geometry.query_start.contiguous()
         return cls(start, torch.zeros_like(length), length)
 
@@ -154,11 +154,6 @@ def read(pages: Tensor, target: str) -> Tensor:
     return pages if has_fp8(target) else written(pages)
 
 
-def room(pages: Pages) -> int:
-    """Return how many tokens the pages of a sequence hold."""
-    return pages.page_tokens * pages.block_table.shape[1]
-
-
 def cache_arguments(pages: Pages | None, config: Config) -> dict[str, Any]:
     """Return what says how a kernel reads keys from a cache, or that it does not."""
     if pages is None:
@@ -172,7 +167,7 @@ def cache_arguments(pages: Pages | None, config: Config) -> dict[str, Any]:
         "key_tail": pages.key_tail,
         "table_stride": table.stride(0),
         "page_tokens": pages.page_tokens,
-        "room": room(pages),
+        "room": pages.capacity,
         "ONE_PAGE": pages.page_tokens % config.keys == 0 or table.shape[1] == 1,
     }
 

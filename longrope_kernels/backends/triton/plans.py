@@ -23,7 +23,6 @@ from .arguments import (
     head_constants,
     packed_view,
     read,
-    room,
     strides,
     tables,
     unit_last,
@@ -193,7 +192,7 @@ def _split(
         config = configs.decode(target, row_width(query, rotation), query.element_size(), _format(pages))
     else:
         config = configs.forward_split(target, row_width(query, rotation), query.element_size(), rows)
-    key_tokens = key.shape[2] if pages is None else room(pages)
+    key_tokens = key.shape[2] if pages is None else pages.capacity
     splits = max(1, -(-key_tokens // configs.SPLIT_KEYS))
     if splits > configs.MOST_SPLITS:
         what = f"{key_tokens} tokens beside {rows} rows of queries"
