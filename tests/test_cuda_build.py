@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from bench import report_cuda
-from bench.report_cuda import NVCC, compiled, instructions_of
+from bench.report_cuda import NVCC, compiled
 from longrope_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 FORWARD = "sm80/attention_forward.cu"
 DECODE, FP8_DECODE = "sm80/attention_decode.cu", "sm80/attention_decode_fp8.cu"
-DECODES = {"16 bits": DECODE, "int8": "sm80/attention_decode_int8.cu", "fp8": FP8_DECODE}
+DECODES = [DECODE, "sm80/attention_decode_int8.cu", FP8_DECODE]
 BACKWARD, WIDE_BACKWARD = "sm80/attention_backward.cu", "sm80/attention_backward_wide.cu"
 HOPPER = "sm90/attention_forward.cu"
 HOPPER_BACKWARD, WIDE_HOPPER_BACKWARD = "sm90/attention_backward.cu", "sm90/attention_backward_wide.cu"
@@ -70,7 +70,7 @@ def test_the_machine_code_has_what_the_kernels_are_made_of(source, target):
     code = sass(compiled(source, target)[0])
     assert not re.search(r"\b(LDL|STL)\b", code), "local memory"
     assert not re.search(r"\bMUFU\.(SIN|COS)\b", code), "a sine that is not ours"
-    if source in (FORWARD, *DECODES.values(), BACKWARD, WIDE_BACKWARD):
+    if source in (FORWARD, *DECODES, BACKWARD, WIDE_BACKWARD):
         for instruction in (r"HMMA\.16816\.F32\.BF16", r"HMMA\.16816\.F32\b", "LDSM", "LDGSTS", r"MUFU\.EX2"):
             assert re.search(instruction, code), instruction
 
@@ -194,26 +194,11 @@ def test_the_wide_hopper_backward_is_made_of_its_own_instructions():
         assert len(re.findall(r"\bLDSM\b", code)) == (0 if of_query else held)
 
 
-def straight_runs(code):
-    """Return the instructions of a kernel, run by run: a run is entered at its first and left at its last."""
-    targets = {int(x, 16) for x in re.findall(r"\bBRA\b[^;]*?0x([0-9a-f]+)", code)}
-    runs = [[]]
-    for address, text in instructions_of(code):
-        if address in targets:
-            runs.append([])
-        runs[-1].append(text)
-        if re.search(r"\b(BRA|EXIT|CALL|RET|BSYNC)\b", text):
-            runs.append([])
-    return runs
-
-
-# Instructions of a thread for the 64 keys of a tile, a 64th of a cycle of a multiprocessor a key: of the rotation and
-# the scores, of the products with the values, of the copies.
+# Instructions of a warp for a tile, of which it has 16 keys: 64 times what a key costs a multiprocessor's schedulers.
 DECODE_CEILINGS = {
-    (128, "16 bits"): (430, 60, 130),
-    (128, "int8"): (600, 240, None),
-    (128, "fp8"): (560, 230, None),
-    (64, "16 bits"): (215, 35, 110),
+    "16 bits": {64: 430, 96: 560, 128: 700, 256: 1150},
+    "int8": {64: 440, 96: 590, 128: 640, 256: 1040},
+    "fp8": {64: 425, 96: 570, 128: 610, 256: 970},
 }
 
 
@@ -221,24 +206,11 @@ DECODE_CEILINGS = {
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_key_costs_the_decode_few_instructions():
-    seen = {}
-    functions = [
-        (stored, x) for stored, y in DECODES.items() for x in sass(compiled(y, "sm_90")[0]).split("Function : ")[1:]
-    ]
-    for stored, code in functions:
-        head_dim = re.search(r"decode_kernelINS_12BFloat16BitsELi(\d+)E|$", code.split(maxsplit=1)[0])[1]
-        if head_dim is None:
-            continue
-        runs = [(" ".join(run), len(run)) for run in straight_runs(code)]
-        longest = [
-            max((length for text, length in runs if all(re.search(x, text) for x in parts)), default=0)
-            for parts in (("HMMA", r"LDS\.128", "F2FP"), ("HMMA", r"LDSM\.16\.MT88"), (r"LDGSTS\.E\.BYPASS\.128",))
-        ]
-        seen[int(head_dim), stored] = longest
-    for kind, ceilings in DECODE_CEILINGS.items():
-        for length, ceiling in zip(seen[kind], ceilings, strict=True):
-            assert length > 0, kind
-            assert ceiling is None or length <= ceiling, (kind, seen[kind])
+    decodes = [x for x in report_cuda.tiles() if x.label.startswith("decode") and x.target == "sm_90"]
+    assert len(decodes) == 12
+    for tile in decodes:
+        ceiling = DECODE_CEILINGS[tile.label.removeprefix("decode, ")][tile.head_dim]
+        assert ceiling * 0.8 < tile.cost().instructions <= ceiling, (tile.label, tile.head_dim)
 
 
 @needs_nvcc

@@ -185,8 +185,7 @@ PYBIND11_MODULE(LONGROPE_MODULE, m) {
             const int64_t half = half_of(static_cast<int64_t>(turns));
             CosSin keys[16];
             for (int g = 0; g < 8; ++g)
-                angles_around(middle_angle(first, half), distance_angle(g, half), keys[key_of(0, g)],
-                              keys[key_of(1, g)]);
+                angles_around(middle_angle(first, half), distance_angle(g, half), keys[7 - g], keys[8 + g]);
             std::vector<std::pair<float, float>> angles;
             for (const CosSin& x : keys) angles.emplace_back(x.cos, x.sin);
             return angles;

@@ -26,6 +26,8 @@
 //   anew                         its argument; what is made of it is made here and not kept in registers from before
 //   pack<T> unpack<T>            two T in a word
 //   subtract<T>                  of two T in a word each, to nearest even
+//   multiply_halves multiply_add_halves negate_halves
+//                                of two fp16 in a word each: x y; x y + z rounded once; -x
 //   permute                      four of the bytes of two words, of which the first has bytes 0 to 3 and the second 4
 //                                to 7: byte i of the result is byte selector >> 4 i & 7
 //   as_float as_bits             of these bits; the bits of a float

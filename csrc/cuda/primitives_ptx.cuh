@@ -192,6 +192,21 @@ LONGROPE_DEVICE uint32_t subtract<BFloat16Bits>(uint32_t x, uint32_t y) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(y), "r"(0xbf80bf80u), "r"(x));  // sm_80 has no other
     return difference;
 }
+LONGROPE_DEVICE uint32_t multiply_halves(uint32_t x, uint32_t y) {
+    uint32_t product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
+    return product;
+}
+LONGROPE_DEVICE uint32_t multiply_add_halves(uint32_t x, uint32_t y, uint32_t z) {
+    uint32_t sum;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(y), "r"(z));
+    return sum;
+}
+LONGROPE_DEVICE uint32_t negate_halves(uint32_t x) {
+    uint32_t negative;
+    asm("neg.f16x2 %0, %1;" : "=r"(negative) : "r"(x));
+    return negative;
+}
 LONGROPE_DEVICE uint32_t permute(uint32_t first, uint32_t second, uint32_t selector) {
     return __byte_perm(first, second, selector);
 }

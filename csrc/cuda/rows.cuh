@@ -55,13 +55,26 @@ struct Quantised<int8_t> {
         for (int i = 0; i < 4; ++i) x.at[i] = as_float(permute(from_zero, 0x4b000000u, 0x7540u + i)) - 8388736.0f;
         return x;
     }
+    // Four values times their scales in fp16: bytes 0 and 1, 2 and 3, or, split, 0 and 2, 1 and 3. A byte alone is an
+    // fp16, (128 + x) 2^-24, exactly: one multiply-add takes it times `scales`, 2^24 of them, less 128 of them.
+    static constexpr float kLargestScale = 0x1p-10f, kScaleFactor = 0x1p24f;
+    static LONGROPE_DEVICE void scaled_halves(uint32_t (&halves)[2], uint32_t bytes, bool split,
+                                              const uint32_t (&scales)[2]) {
+        const uint32_t from_zero = bytes ^ 0x80808080u;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t both = permute(from_zero, 0, split ? 0x4240u + 0x101u * i : 0x4140u + 0x202u * i);
+            halves[i] = multiply_add_halves(both, scales[i], multiply_halves(scales[i], 0x80808080u));  // -2^-17
+        }
+    }
+
     template <class T>
     static LONGROPE_DEVICE void widen_columns(uint32_t (&columns)[2], uint32_t rows) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const uint32_t low = rows >> 8 * i;
             if constexpr (std::is_same_v<T, Half>)  // 1024 + (128 + x) - 1152
-                columns[i] = subtract<T>(((low ^ 0x00800080u) & 0x00ff00ffu) | 0x64006400u, 0x64806480u);
+                columns[i] = subtract<T>(permute(rows ^ 0x80808080u, 0x64u, 0x4240u + 0x101u * i), 0x64806480u);
             else  // 128 + the low seven bits, less 128, or 256 where the eighth is set
                 columns[i] = subtract<T>((low & 0x007f007fu) | 0x43004300u, (low & 0x00800080u) | 0x43004300u);
         }
@@ -80,6 +93,13 @@ struct Quantised<Fp8> {
     static LONGROPE_DEVICE Float8 unpack8(const Vec8& v) {
         const Float4 low = unpack4(v.word[0]), high = unpack4(v.word[1]);
         return {{low.at[0], low.at[1], low.at[2], low.at[3], high.at[0], high.at[1], high.at[2], high.at[3]}};
+    }
+    static constexpr float kLargestScale = 0x1p4f, kScaleFactor = 1.0f;
+    static LONGROPE_DEVICE void scaled_halves(uint32_t (&halves)[2], uint32_t bytes, bool split,
+                                              const uint32_t (&scales)[2]) {
+        const uint32_t ordered = split ? permute(bytes, 0, 0x3120u) : bytes;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) halves[i] = multiply_halves(widen_fp8(ordered >> 16 * i), scales[i]);
     }
     template <class T>
     static LONGROPE_DEVICE void widen_columns(uint32_t (&columns)[2], uint32_t rows) {
@@ -152,18 +172,25 @@ struct SharedFloatRow {
         return x;
     }
     LONGROPE_DEVICE float load1(int dim) const { return load_shared<float>(row + 4 * dim); }
+    LONGROPE_DEVICE void store8(int chunk, const Float8& x) const {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) store1(chunk * 8 + i, x.at[i]);
+    }
+    LONGROPE_DEVICE void store1(int dim, float x) const { store_shared(row + 4 * dim, x); }
 };
 
-// Row `row` of a Tile of bytes in shared memory, int8_t or Fp8, with a scale per channel there too.
-template <class Q, class TileT>
+// Row `row` of a Tile of bytes in shared memory, int8_t or Fp8. `channels` says in which column a dim lies, and its
+// scale.
+template <class Q, class TileT, class Channels>
 struct SharedQuantisedRow {
     TileT tile;
     int row;
-    SharedAddress scale;
+    Channels channels;
 
     LONGROPE_DEVICE float load1(int dim) const {
-        const uint32_t pair = load_shared<uint16_t>(tile.chunk(row, dim / 16) + dim % 16 / 2 * 2);
-        return Quantised<Q>::value(pair >> (8 * (dim % 2))) * load_shared<float>(scale + 4 * dim);
+        const int column = channels.column(dim);
+        const uint32_t pair = load_shared<uint16_t>(tile.chunk(row, column / 16) + column % 16 / 2 * 2);
+        return Quantised<Q>::value(pair >> (8 * (column % 2))) * channels.scale(dim);
     }
 };
 

@@ -1,6 +1,7 @@
 // Between fp32 and the 16-bit formats, to nearest even, in integers.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -52,6 +53,16 @@ inline uint16_t narrow<Half>(float x) {
     }
     const uint32_t rebased = magnitude - (112u << 23);
     return static_cast<uint16_t>(sign | ((rebased + 0xfffu + (rebased >> 13 & 1u)) >> 13));
+}
+
+// x y + z of fp16 numbers so that rounding it to fp16 rounds once: in fp32, the last bit set where bits were lost.
+inline float multiply_add_odd(float x, float y, float z) {
+    const double exact = double{x} * y + z;  // of 22 bits and 11, at most 2^-48 and 2^32: lost is far below fp16's half
+    const float near = static_cast<float>(exact);
+    if (std::isnan(exact) || near == exact || std::isinf(near)) return near;
+    const bool outwards = (near > exact) == (exact > 0.0);
+    const uint32_t towards_zero = bits_of(near) - outwards;
+    return float_of(towards_zero | 1u);
 }
 
 template <class T>

@@ -245,6 +245,17 @@ uint32_t subtract(uint32_t x, uint32_t y) {
     const Float2 a = emulator::unpack<T>(x), b = emulator::unpack<T>(y);
     return pack<T>(a.x - b.x, a.y - b.y);
 }
+inline uint32_t multiply_add_halves(uint32_t x, uint32_t y, uint32_t z) {
+    const Float2 a = emulator::unpack<Half>(x), b = emulator::unpack<Half>(y), c = emulator::unpack<Half>(z);
+    return pack<Half>(emulator::multiply_add_odd(a.x, b.x, c.x), emulator::multiply_add_odd(a.y, b.y, c.y));
+}
+inline uint32_t multiply_halves(uint32_t x, uint32_t y) {
+    const Float2 a = emulator::unpack<Half>(x), b = emulator::unpack<Half>(y);
+    return pack<Half>(a.x * b.x, a.y * b.y);
+}
+inline uint32_t negate_halves(uint32_t x) {
+    return x ^ 0x80008000u;
+}
 inline uint32_t permute(uint32_t first, uint32_t second, uint32_t selector) {
     const uint64_t bytes = first | uint64_t{second} << 32;
     uint32_t result = 0;

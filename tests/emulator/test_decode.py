@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longrope_kernels as lk
-from longrope_kernels import functional, testing
+from longrope_kernels import functional, reference, testing
 from longrope_kernels.backends import cuda
 from longrope_kernels.bundles import KEY_GROUP, Packing
 
+from . import build
 from .test_kernels import DTYPES, EXAMPLES, operands
 
 PLAIN = lk.RopeScaling(head_dim=64, theta=1e4)
+HALF = lk.RopeScaling(64, 1e4, rotary_dim=32)
 LONG = PLAIN.replace(rescale_factors=[1.0 + i / 8 for i in range(32)], start_tokens=5, attention_factor=1.1)
 LADDER = lk.LongRope(100, {100: PLAIN, 4000: LONG})
 KINDS = [(quantised, page) for quantised in (False, "int8", "fp8") for page in (None, 64)]
@@ -311,6 +314,85 @@ def test_far_below_and_across_start_tokens(emulated, kind, head_dim):
         testing.check_reading(cache, query, scaling, "cuda")
 
 
+def root_mean_square(x):
+    return float(x.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim", "interleaved"), [(64, 64, True), (128, 128, False), (128, 64, False)]
+)
+def test_reading_errs_on_average_no_more_than_plain_arithmetic(
+    emulated, quantised, dtype, head_dim, rotary_dim, interleaved
+):
+    cache, _, _ = filled([1152, 320], dtype, quantised, 64, head_dim)
+    scaling = lk.RopeScaling(head_dim, 1e4, [3.0] * (rotary_dim // 2), 64, 1.2, rotary_dim, interleaved)
+    query = 2 * operands(2, (16, 2), (3, 1), head_dim, dtype, seed=5)[0]
+    out, lse = cache.attend(query, scaling, return_lse=True, backend="cuda")
+    key, value = testing.gathered(cache.pages, torch.float64)
+    rules = {"key_length": cache.length}
+    exact, exact_lse = reference.attention(query, key, value, scaling, return_lse=True, **rules)
+    rounded = testing.Problem(query, key.to(dtype), value.to(dtype), scaling, rules)
+    plain, plain_lse = testing.plain_attention(rounded)
+    assert root_mean_square(out - exact) < 1.1 * root_mean_square(plain - exact)
+    assert root_mean_square(lse - exact_lse) < 1.1 * root_mean_square(plain_lse - exact_lse)
+
+
+# By what channels, tokens and queries of a cache are larger; keys are 256 in four groups, pairs dims i and i + 32. Of
+# half a head they are i and i + 16, and the kernel puts 32 + i and 48 + i beside each other.
+CHANNELS, GROUPS = torch.arange(64), torch.arange(256).view(-1, 1) // 64
+APART = (CHANNELS >= 32) * ((CHANNELS + CHANNELS // 16) % 2) * 14
+SIZES = {
+    "keys large": (torch.tensor(2.0**90), 1.0, 2.0**-90),
+    "keys small": (torch.tensor(2.0**-90), 1.0, 2.0**90),
+    "keys past the units": (torch.tensor(2.0**-110), 1.0, 2.0**110),
+    "pairs far apart": (2.0 ** (CHANNELS % 32 - 16), 1.0, 2.0 ** (16 - CHANNELS % 32)),
+    "channels of a pair apart": (2.0 ** (CHANNELS % 3 * 4), 1.0, 2.0**-4),
+    "channels of a pair far apart": (2.0 ** (CHANNELS // 32 * 14), 1.0, 2.0 ** (CHANNELS // 32 * -14)),
+    "channels that do not rotate far apart": (2.0**APART, 1.0, 2.0**-APART),
+    "groups apart": (2.0 ** (GROUPS * 2), 1.0, 2.0**-4),
+    "groups far apart": (2.0 ** (GROUPS * 8), 1.0, 2.0**-22),
+    "channels of zeros": ((CHANNELS % 5 > 0).float(), 1.0, 1.0),
+    "keys of zeros": (torch.tensor(0.0), 1.0, 1.0),
+    "values large": (torch.tensor(1.0), torch.tensor(2.0**100), 1.0),
+    "values small": (torch.tensor(1.0), torch.tensor(2.0**-90), 1.0),
+    "values past the unit": (torch.tensor(1.0), torch.tensor(2.0**-115), 1.0),
+    "values far apart": (torch.tensor(1.0), 2.0 ** (GROUPS * -10), 1.0),
+    "values of zeros": (torch.tensor(1.0), torch.tensor(0.0), 1.0),
+}
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+@pytest.mark.parametrize("name", SIZES)
+def test_keys_and_values_of_any_size_obey_the_error_rule(emulated, quantised, name):
+    """Of bf16, with fp16 inside: its range is none of the caller's business."""
+    of_keys, of_values, of_query = SIZES[name]
+    query, key, value = (x.float() for x in operands(1, (16, 2), (4, 256), 64))
+    key, value, query = ((x * y).bfloat16() for x, y in ((key, of_keys), (value, of_values), (query, of_query)))
+    assert all(x.isfinite().all() for x in (query, key, value))
+    cache = lk.KVCache(1, 2, 64, 256, torch.bfloat16, quantised, 64)
+    cache.append(key, value, backend="cuda")
+    # Where dims turn into one another, sizes that undo each other do not: scores would be as large as the keys.
+    scaling = HALF if "do not rotate" in name else PLAIN
+    for interleaved in (False, True):
+        testing.check_reading(cache, query, scaling.replace(interleaved=interleaved), "cuda")
+
+
+def with_large_values_that_weigh_nothing(quantised):
+    """A cache and queries that see its first group with weights below 2^-100, whose values are 2^40 the others'."""
+    query, key, value = operands(1, (16, 2), (4, 256), 64)
+    query[..., 63], key[..., 63] = 300.0, torch.where(GROUPS[:, 0] > 0, 1.0, -1.0).bfloat16()
+    cache = lk.KVCache(1, 2, 64, 256, torch.bfloat16, quantised, 64)
+    cache.append(key, value * torch.where(GROUPS > 0, 1.0, 2.0**40).bfloat16(), backend="cuda")
+    return cache, query
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_values_beside_larger_ones_that_weigh_nothing(emulated, quantised):
+    testing.check_reading(*with_large_values_that_weigh_nothing(quantised), PLAIN, "cuda")
+
+
 @pytest.mark.parametrize("page_tokens", [1, 3, 16, 24, 64, 100])
 def test_pages_of_any_size_give_the_same_bits(emulated, page_tokens):
     query = operands(2, (8, 2), (3, 1))[0]
@@ -331,3 +413,67 @@ def test_every_code_of_a_value_is_widened_as_it_is(emulated, dtype, quantised):
     cache.pages.value_scale.fill_(1.0)
     out = cache.attend(ones[:, :, :1], is_causal=False, backend="cuda")
     assert torch.equal(out.nan_to_num(7.0)[:, 0, 0], stored[:, 0, 0].to(dtype).nan_to_num(7.0))
+
+
+# What, in its place, and what the look at it says: of keys rotated in fp16, their scales and their units.
+PACKED, ATTENTION, TILES = (f"cuda/sm80/{x}.cuh" for x in ("decode_packed", "attention_decode", "decode_tiles"))
+PLANTED = {
+    "no wait for the scales": (ATTENTION, "copy_async_wait<1>();", "", "in flight"),
+    "no barrier after it": (ATTENTION, "block_sync();  // the scales are there", "// ", "race|in flight|nothing wrote"),
+    "no barrier for the extremes": (PACKED, "block_sync();\n    values = {};", "values = {};", "race|nothing"),
+    "one place for the middles of all tiles": (PACKED, "S::kMiddles + stage *", "S::kMiddles + 0 * stage *", "race"),
+    "the middle of a tile one key further on": (PACKED, "+ S::kKeys - 1, half", "+ S::kKeys + 1, half", "wrong"),
+    "distances that start at the middle": (PACKED, "2 * kOf * part + 1", "2 * kOf * part", "wrong"),
+    "the scales of the run's first group": (ATTENTION, "first % kSplitKeys / kKeyGroup;", "0 * first;", "wrong"),
+    "queries without their pairs' units": (PACKED, "? unit * regime.factor : unit", "? regime.factor : 1.0f", "wrong"),
+    "no attention factor": (PACKED, "? unit * regime.factor : unit", "? unit : unit", "wrong"),
+    "scores without their rows' units": (PACKED, "[2 * r + c] *= unit", "[2 * r + c] *= 1.0f", "wrong"),
+    "sums without their values' unit": (ATTENTION, "* value_unit);", ");", "wrong"),
+    "keys in fp16 whatever their scales": (PACKED, "keys && in_range(of.least, of.most, 0x1p10f)", "keys", "wrong"),
+    "values in fp16 whatever their scales": (PACKED, "S::kPacked ? 0x1p20f : infinity()", "infinity()", "wrong"),
+    "bytes as they are": ("cuda/rows.cuh", "bytes ^ 0x80808080u;\n#pragma", "bytes;\n#pragma", "wrong"),
+    "second dims turned alone": (PACKED, "multiply_halves(a, angle.sin)", "multiply_halves(b, angle.sin)", "wrong"),
+    "the tail among the whole groups": (TILES, "whole_ || tail ||", "whole_ ||", "wrong|out of bounds|nothing"),
+    "a page for two tiles": (TILES, "kStep = kOfTile ? S::kKeys", "kStep = kOfTile ? S::kKeys / 2", "wrong"),
+}  # fmt: skip
+
+
+def told(module, monkeypatch):
+    """What the emulator, or the error rule, says of a module's reading of int8 caches."""
+    monkeypatch.setattr(cuda, "_native", module)
+    long = PLAIN.replace(rescale_factors=[2.0] * 32, start_tokens=64, attention_factor=1.3)
+    try:
+        for seed in range(2):
+            module.seed(seed)
+            for name, scaling in (("groups apart", long), ("channels that do not rotate far apart", HALF)):
+                of_keys, of_values, of_query = SIZES[name]
+                query, key, value = (x.float() for x in operands(1, (16, 2), (4, 256), 64))
+                whole = [(key * of_keys).bfloat16(), (value * of_values).bfloat16()]
+                cache = lk.KVCache(1, 2, 64, 320, torch.bfloat16, "int8", 64)
+                cache.append(*whole, backend="cpu")
+                cache.append(*(x[:, :, :7] for x in whole), backend="cpu")
+                testing.check_reading(cache, (query * of_query).bfloat16(), scaling, "cuda")
+            testing.check_reading(*with_large_values_that_weigh_nothing("int8"), PLAIN, "cuda")
+    except AssertionError as error:
+        return f"wrong: {error}"
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_the_same_look_at_sound_sources_finds_nothing(emulator, monkeypatch):
+    assert told(emulator, monkeypatch) == "nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_bug_planted_in_the_packed_keys_is_caught(emulator, monkeypatch, name):
+    path, old, new, expected = PLANTED[name]
+    text = (build.CSRC / path).read_text()
+    assert text.count(old) == 1, f"{path} has {text.count(old)} of {old!r}"
+    source = "cuda/sm80/attention_decode.cuh"
+    changes = {source: (build.CSRC / source).read_text()} | {path: text.replace(old, new)}
+    # One head_dim is enough to show a mistake, and compiles sooner.
+    lines = [x for x in changes[source].splitlines() if not re.search(r" run\w*<T, (?!64\b)\d", x)]
+    said = told(build.module(changes | {source: "\n".join(lines) + "\n"}), monkeypatch)
+    assert re.search(expected, said), said

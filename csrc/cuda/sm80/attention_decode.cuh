@@ -5,18 +5,17 @@
 // head, times a few tokens. More rows are more blocks of the same run, side by side in the grid: the first of them
 // brings the keys from memory, the others find them in L2. Tiles of keys and values arrive two deep (decode_tiles.cuh).
 // Every warp takes 16 keys of a tile: it widens and rotates them in registers between shared memory and the tensor
-// cores (decode_keys.cuh), has an online softmax and a sum of values of its own. At the end the warps' sums become one
-// partial result, which attention_combine adds to the others. A tile takes one barrier.
+// cores (decode_keys.cuh, decode_packed.cuh), has an online softmax and a sum of values of its own. At the end the
+// warps' sums become one partial result, which attention_combine adds to the others. A tile takes one barrier.
 //
 // Bytes: keys and values once (4 head_dim a key in 16 bits, 2 head_dim and the scales in 8), partial results 2 parts
-// in 100 of them. Instructions of a key of head_dim 128 in bf16: 12 cycles of a multiprocessor's schedulers (half of
-// them rotation and scores), and 14 of its shared memory, beside 25 to 35 that its bytes take from memory; docs/cuda.md
-// has the others. The products are 1 part in 16 of what the tensor cores could do. Bound by memory.
+// in 100 of them. Instructions of a key of head_dim 128: 10 cycles of a multiprocessor's schedulers (half of them
+// rotation and scores), and 14 of its shared memory (of 8 bits 9), beside 25 to 35 (13 to 18) that its bytes take from
+// memory; docs/cuda.md has the others. The products are 1 part in 16 of what the tensor cores could do. Bound by
+// memory.
 //
 // A quantised key is widened by its channel's scale before it is rotated; the scale of a value multiplies its
-// probability, so that the product takes int8 and fp8 values as they are, which is exact in 16 bits. The scale is
-// small, 1/127 or 1/448 of a row's largest value, and a probability times that would be subnormal in fp16 where it
-// still counts: both are taken 128 or 256 times as large, and the sum as much smaller.
+// probability, so that the product takes int8 and fp8 values as they are, which is exact in fp16.
 //
 // A source for each format of the cache compiles it: attention_decode.cu, attention_decode_int8.cu,
 // attention_decode_fp8.cu.
@@ -25,15 +24,10 @@
 #include "../queries.cuh"
 #include "../softmax.cuh"
 #include "decode_keys.cuh"
+#include "decode_packed.cuh"
 #include "decode_tiles.cuh"
 
 namespace longrope {
-
-// By what probabilities are larger, a power of two; 1 where values come as they are.
-template <class T, class Q>
-constexpr float kProbabilityUnit = std::is_same_v<Q, T>     ? 1.0f
-                                   : std::is_same_v<Q, Fp8> ? 256.0f
-                                                            : 128.0f;
 
 // A row of the query tile, in the order of columns that the products take.
 template <class T, int kHeadDim, class S>
@@ -78,62 +72,118 @@ struct DecodeWork {
     LONGROPE_DEVICE int head(int r) const { return static_cast<int>(key_head) * group + (first_row + r) % group; }
 };
 
-// The queries of the block, rotated; zeros in rows and columns that are none.
+// The queries of the block, rotated; zeros in rows and columns that are none. In fp32 in the second stage, if they are
+// to be packed.
 template <class T, int kHeadDim, class S>
 LONGROPE_DEVICE void load_decode_queries(const AttentionParams& p, const Sequence& s, const DecodeWork& work,
                                          const Regime& regime, int rows) {
-    const typename S::QueryTile tile{0};
-    for (int i = thread_index(); i < kBlockRows * S::QueryTile::kChunks; i += S::kThreads)
-        store_shared(tile.chunk(i / S::QueryTile::kChunks, i % S::QueryTile::kChunks), Vec16{});
+    for (int i = thread_index(); i < S::kHalfTurns / 16; i += S::kThreads) store_shared(16 * i, Vec16{});
     block_sync();  // the zeros are below
-    const Columns<kHeadDim> columns(p.rotation);
-    rotate_rows<S::kThreads>(
-        regime, static_cast<int>(p.head_dim), rows, false, [&](int r) { return s.query_position(p, work.token(r)); },
-        [&](int r) { return GlobalRow<T>{s.query_row<T>(p.query, work.head(r), work.token(r))}; },
-        [&](int r) { return QueryRow<T, kHeadDim, S>{columns, r}; });
+    const int head_dim = static_cast<int>(p.head_dim);
+    const auto rotate = [&](const auto& to) {
+        rotate_rows<S::kThreads>(
+            regime, head_dim, rows, false, [&](int r) { return s.query_position(p, work.token(r)); },
+            [&](int r) { return GlobalRow<T>{s.query_row<T>(p.query, work.head(r), work.token(r))}; }, to);
+    };
+    if constexpr (S::kPacked)
+        rotate([&](int r) { return SharedFloatRow{S::kRotated + static_cast<SharedAddress>(r * head_dim * 4)}; });
+    else
+        rotate([&, columns = Columns<kHeadDim>(p.rotation)](int r) { return QueryRow<T, kHeadDim, S>{columns, r}; });
 }
+
+// The channels of quantised keys, with their scales in shared memory; they lie dim by dim.
+struct SharedChannels {
+    SharedAddress scales;
+
+    LONGROPE_DEVICE int column(int dim) const { return dim; }
+    LONGROPE_DEVICE float scale(int dim) const { return load_shared<float>(scales + 4 * dim); }
+};
+
+// The channels of a tile's keys with their scales where the cache has them: shared memory has packed ones alone.
+template <int kHeadDim>
+class StoredChannels {
+  public:
+    LONGROPE_DEVICE StoredChannels(const DecodeLaunch& launch, int first, bool in_chunks)
+        : columns_(launch.params.rotation), in_chunks_(in_chunks) {
+        // Worked out again: registers are for other tiles.
+        const DecodeWork work(launch, anew(static_cast<uint32_t>(block_index())));
+        scales_ =
+            key_scale(launch.params, slot_of(launch.params, Sequence(launch.params, work.b), first), work.key_head);
+    }
+    LONGROPE_DEVICE int column(int dim) const { return in_chunks_ ? columns_.column(dim) : dim; }
+    LONGROPE_DEVICE float scale(int dim) const { return load_global(scales_ + dim); }
+
+  private:
+    Columns<kHeadDim> columns_;
+    bool in_chunks_;
+    const float* scales_;
+};
+
+template <class S>
+using TileAngles = std::conditional_t<S::kPacked, PackedAngles<S>, TableAngles<S>>;
 
 // The scores of a tile's keys, each way there is to rotate them; which one is the same for the whole block.
 template <class T, class Q, class S>
-LONGROPE_DEVICE void multiply_tile(float (&scores)[2][4], const AttentionParams& p, uint32_t b, int length,
-                                   const TableAngles<S>& table, bool in_table, bool in_chunks, int first, int stage) {
-    const SharedAddress scales = S::kQuantised ? S::channel_scales(stage) : 0;
+LONGROPE_DEVICE void multiply_tile(float (&scores)[2][4], const DecodeLaunch& launch, uint32_t b, int length,
+                                   const TileAngles<S>& table, bool in_table, bool in_chunks, int first, int stage) {
+    const AttentionParams& p = launch.params;
     const bool interleaved = p.rotation.interleaved != 0;
-    using Keys = std::conditional_t<S::kQuantised, QuantisedKeys<Q, S>, PlainKeys<T, S>>;
+    const SharedAddress scales = S::channel_scales(first % kSplitKeys);
+    const auto keys = [&] {
+        if constexpr (S::kQuantised)
+            return QuantisedKeys<Q, S>(stage, scales);
+        else
+            return PlainKeys<T, S>(stage);
+    };
     const bool tail = S::kQuantised && first >= length / kKeyGroup * kKeyGroup;
     if (in_table && !tail) {
-        if (interleaved)
-            multiply_keys<T, S, true>(scores, Keys(stage, scales), table);
-        else
-            multiply_keys<T, S, false>(scores, Keys(stage, scales), table);
+        if constexpr (S::kPacked) {
+            const int group = first % kSplitKeys / kKeyGroup;
+            if (interleaved)
+                multiply_packed<Q, S, true>(scores, table, group, stage);
+            else
+                multiply_packed<Q, S, false>(scores, table, group, stage);
+        } else if (interleaved) {
+            multiply_keys<T, S, true>(scores, keys(), table);
+        } else {
+            multiply_keys<T, S, false>(scores, keys(), table);
+        }
         return;
     }
     const ExactAngles<S> angles(p, b, first);
-    if (in_chunks && !tail) return multiply_keys_in_a_loop<T, S>(scores, Keys(stage, scales), angles, interleaved);
     const auto scattered = [&](const auto& row_at) {
         multiply_keys_in_a_loop<T, S>(scores, ScatteredKeys<S, std::decay_t<decltype(row_at)>>(p, row_at), angles,
                                       interleaved);
     };
-    if (!S::kQuantised || tail) {
+    using ByteTile = typename S::ByteTile;
+    const ByteTile bytes{S::stage(stage)};
+    if (tail || (!S::kQuantised && !in_chunks)) {
         using KeyTile = typename S::KeyTile;
         scattered([=](int r) { return SharedRow<T, KeyTile>{KeyTile{S::stage(stage)}, r}; });
+    } else if constexpr (S::kPacked) {
+        const StoredChannels<2 * S::kPairs> channels(launch, first, in_chunks);
+        scattered(
+            [=](int r) { return SharedQuantisedRow<Q, ByteTile, StoredChannels<2 * S::kPairs>>{bytes, r, channels}; });
+    } else if (in_chunks) {
+        multiply_keys_in_a_loop<T, S>(scores, keys(), angles, interleaved);
     } else if constexpr (S::kQuantised) {
-        using ByteTile = typename S::ByteTile;
-        scattered([=](int r) { return SharedQuantisedRow<Q, ByteTile>{ByteTile{S::stage(stage)}, r, scales}; });
+        scattered([=](int r) { return SharedQuantisedRow<Q, ByteTile, SharedChannels>{bytes, r, {scales}}; });
     }
 }
 
 // Adds the products of the probabilities of a warp's keys with their values. Of quantised values a load brings two
 // columns in a word, which go to neighbouring products: column i of product 2 c + h is then dim 16 c + 2 i + h.
 template <class T, class Q, class S>
-LONGROPE_DEVICE void multiply_values(float (&out)[2 * S::kSteps][4], const uint32_t (&weights)[4], int stage) {
+LONGROPE_DEVICE void multiply_values(float (&out)[2 * S::kSteps][4], const float (&probabilities)[2][4], int stage) {
+    uint32_t weights[4];
+    probabilities_left<T>(weights, probabilities[0], probabilities[1]);
     const typename S::StoredTile values{S::values(stage)};
-    const int row = key_row(lane_index() / 8 % 2);
+    const int row = S::key_row(lane_index() / 8 % 2);
     uint32_t both[4], v[2];
     if constexpr (S::kQuantised) {
 #pragma unroll
         for (int n = 0; n < S::kSteps / 2; ++n) {
-            load_matrices_transposed(both, values.half_step(16 * warp_index(), row, lane_index() / 16, n));
+            load_matrices_transposed(both, values.half_step(0, row, lane_index() / 16, n));
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 uint32_t low[2], high[2];
@@ -150,7 +200,7 @@ LONGROPE_DEVICE void multiply_values(float (&out)[2 * S::kSteps][4], const uint3
     } else {
 #pragma unroll
         for (int n = 0; n < S::kSteps; ++n) {
-            load_matrices_transposed(both, values.half_step(16 * warp_index(), row, lane_index() / 16, n));
+            load_matrices_transposed(both, values.half_step(0, row, lane_index() / 16, n));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 right_half(v, both, half);
@@ -185,7 +235,6 @@ LONGROPE_DEVICE void store_partial(const AttentionParams& p, const AttentionScra
 template <class T, int kHeadDim, class Q>
 LONGROPE_RESIDENT_KERNEL((DecodeShape<T, kHeadDim, Q>::kThreads), (DecodeShape<T, kHeadDim, Q>::kResident))
 attention_decode_kernel(const DecodeLaunch launch) {
-    constexpr float kUnit = kProbabilityUnit<T, Q>;
     using S = DecodeShape<T, kHeadDim, Q>;
     const AttentionParams& p = launch.params;
     const DecodeWork work(launch, static_cast<uint32_t>(block_index()));
@@ -205,10 +254,19 @@ attention_decode_kernel(const DecodeLaunch launch) {
     }
 
     TileCopies<T, kHeadDim, Q> copies(launch, s, work.key_head, begin);
+    if constexpr (S::kQuantised) copies.start_scales(static_cast<int>(run_begin), begin);
+    copy_async_commit();
     copies.start(begin, 0);
     copy_async_commit();
     const Regime regime = regime_of(p.rotation, s.b);
     load_decode_queries<T, kHeadDim, S>(p, s, work, regime, rows);
+    RunScales run{true, true};
+    if constexpr (S::kQuantised) {
+        copy_async_wait<1>();
+        block_sync();  // the scales are there, and the rotated queries
+        run = prepare_scales<T, Q, S>(regime);
+        if constexpr (S::kPacked) store_queries<T, Q, S>(p.rotation, static_cast<int>(p.head_dim), rows);
+    }
 
     const ScoreScale& scale = launch.scale;
     const int lane_row = lane_index() / 4, lane_column = lane_index() % 4 * 2;
@@ -227,49 +285,53 @@ attention_decode_kernel(const DecodeLaunch launch) {
     const int length = static_cast<int>(s.key_length);
     // Keys below are not rescaled; no tile comes after 2^31 - 1.
     const int start_tokens = static_cast<int>(regime.start_tokens < INT32_MAX ? regime.start_tokens : INT32_MAX);
-    const bool in_chunks = Columns<kHeadDim>(p.rotation).move_chunks_of(8);
-    TableAngles<S> table;
+    const bool in_chunks = Columns<kHeadDim>(p.rotation).move_chunks_of(8), in_range = in_chunks && run.keys;
+    TileAngles<S> table;
     for (int first = begin, stage = 0; first < end; first += S::kKeys, stage ^= 1) {
         const bool below = first <= start_tokens - S::kKeys;
-        const bool in_table = in_chunks && p.key_positions == nullptr && (below || first >= start_tokens);
-        if (in_table) table.begin(p, b, below, first);
+        const bool in_table = in_range && p.key_positions == nullptr && (below || first >= start_tokens);
+        if (in_table) table.begin(p, b, below, first, stage);
         copy_async_wait<0>();
         block_sync();  // the stage is there for all, and the other one done with
         if (first + S::kKeys < end) copies.start(first + S::kKeys, stage ^ 1);
         copy_async_commit();
 
         float scores[2][4] = {};
-        multiply_tile<T, Q, S>(scores, p, b, length, table, in_table, in_chunks, first, stage);
+        multiply_tile<T, Q, S>(scores, launch, b, length, table, in_table, in_chunks, first, stage);
         if (scale.capped()) cap_scores(scores, scale);
-        const int warp_first = first + 16 * warp_index();
-        if (any_lane(warp_first < low[0] || warp_first < low[1] || warp_first + 16 > high[0] ||
-                     warp_first + 16 > high[1])) {
+        if (any_lane(first < low[0] || first < low[1] || first + S::kKeys > high[0] || first + S::kKeys > high[1])) {
 #pragma unroll
             for (int j = 0; j < 2; ++j)
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
-                    const int key = warp_first + key_of(j, lane_column + c % 2);
+                    const int key = first + S::key(j, lane_column + c % 2);
                     if (key < low[c / 2] || key >= high[c / 2]) scores[j][c] = -infinity();
                 }
         }
         float keep[2];
         softmax_step(scores, scale, top, total, keep);
-        if constexpr (S::kQuantised) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-#pragma unroll
-                for (int c = 0; c < 4; ++c)
-                    scores[j][c] *=
-                        kUnit * load_shared<float>(S::value_scales(stage) +
-                                                   4 * (warp_first - first + key_of(j, lane_column + c % 2)));
-        }
         rescale(out, keep);
-        uint32_t weights[4];
-        probabilities_left<T>(weights, scores[0], scores[1]);
-        multiply_values<T, Q, S>(out, weights, stage);
+        if constexpr (S::kQuantised) {
+            // Neighbouring keys lie side by side; those before the middle in falling order.
+            const SharedAddress scales = S::value_scale(first % kSplitKeys);
+            const Float2 before = load_shared<Float2>(scales + 4 * S::key(0, lane_column + 1));
+            const Float2 after = load_shared<Float2>(scales + 4 * S::key(1, lane_column));
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                scores[0][c] *= c % 2 == 0 ? before.y : before.x;
+                scores[1][c] *= c % 2 == 0 ? after.x : after.y;
+            }
+            if (run.values)
+                multiply_values<Half, Q, S>(out, scores, stage);
+            else
+                multiply_values<T, Q, S>(out, scores, stage);
+        } else {
+            multiply_values<T, Q, S>(out, scores, stage);
+        }
     }
     block_sync();  // the sums take the place of the stages
 
+    const float value_unit = S::kQuantised ? load_shared<float>(S::kValueUnit) : 1.0f;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int row = lane_row + 8 * r;
@@ -279,7 +341,7 @@ attention_decode_kernel(const DecodeLaunch launch) {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const int i = lane_column + c, dim = S::kQuantised ? 16 * (n / 2) + 2 * i + n % 2 : 8 * n + i;
-                store_shared(S::sum(warp_index(), row, dim), out[n][2 * r + c] / kUnit);
+                store_shared(S::sum(warp_index(), row, dim), out[n][2 * r + c] * value_unit);
             }
         if (lane_column == 0) {
             store_shared(S::sum(warp_index(), row, S::kSumStride - 2), top[r]);
@@ -296,7 +358,7 @@ attention_decode_kernel(const DecodeLaunch launch) {
 template <class T, int kHeadDim, class Q>
 void run_decode(const AttentionParams& p, const AttentionScratch& scratch, Stream stream) {
     using S = DecodeShape<T, kHeadDim, Q>;
-    constexpr int kStep = TileCopies<T, kHeadDim, Q>::kRowStep;
+    constexpr int kStep = TileCopies<T, kHeadDim, Q>::kStep;
     const int64_t size = p.pages.block_table == nullptr ? kStep + 1 : p.pages.page_tokens;
     const int32_t row_blocks = static_cast<int32_t>((scratch.rows + kBlockRows - 1) / kBlockRows);
     const DecodeLaunch arguments{p,

@@ -18,15 +18,6 @@
 
 namespace longrope {
 
-// The keys of a warp, by half and column of the right operand.
-LONGROPE_DEVICE int key_of(int half, int column) {
-    return half == 0 ? 7 - column : 8 + column;
-}
-// The row of 16 that a lane addresses for load_matrices of rows 0 to 7, then 8 to 15.
-LONGROPE_DEVICE int key_row(int second) {
-    return key_of(second, lane_index() % 8);
-}
-
 // Angles go by half tokens around the middle of 16 keys.
 LONGROPE_DEVICE int64_t half_of(int64_t turns) {
     return static_cast<int64_t>(static_cast<uint64_t>(turns) >> 1);
@@ -70,7 +61,7 @@ template <class S>
 class TableAngles {
   public:
     // Called by all threads before each tile. `below`: its keys are below start_tokens.
-    LONGROPE_DEVICE void begin(const AttentionParams& p, uint32_t b, bool below, int first) {
+    LONGROPE_DEVICE void begin(const AttentionParams& p, uint32_t b, bool below, int first, int) {
         if (table_ != below) {
             table_ = below;
             block_sync();  // the tables before are done with
@@ -97,7 +88,7 @@ class TableAngles {
   private:
     int table_ = -1;  // none; 1: below start_tokens
 
-    static LONGROPE_DEVICE SharedAddress middles() { return S::kMiddles + warp_index() * S::kPairs * 8; }
+    static LONGROPE_DEVICE SharedAddress middles() { return S::kMiddles + warp_index() * S::kMiddleBytes; }
 
     // The distances have the attention factor, in the order [group of 4 entries][g][t][e]: what a warp reads at once
     // lies side by side.
@@ -127,7 +118,7 @@ class ExactAngles {
         const int last = static_cast<int>(s.key_length) - 1;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int index = first + 16 * warp_index() + key_of(half, lane_index() / 4);
+            const int index = first + S::key(half, lane_index() / 4);
             position_[half] = s.key_position(p, index < last ? index : last);
             turns_[half] = position_[half] < regime.start_tokens ? regime.base_turns : regime.turns;
         }
@@ -167,12 +158,12 @@ struct PairDims {
 template <class T, class S>
 class PlainKeys {
   public:
-    LONGROPE_DEVICE PlainKeys(int stage, SharedAddress) : tile_{S::stage(stage)} {}
+    LONGROPE_DEVICE explicit PlainKeys(int stage) : tile_{S::stage(stage)} {}
 
     LONGROPE_DEVICE void load(int step) {
-        const int row = key_row(lane_index() / 16), half = lane_index() / 8 % 2;
-        load_matrices(first_, tile_.half_step(16 * warp_index(), row, half, step));
-        load_matrices(second_, tile_.half_step(16 * warp_index(), row, half, step + S::kSteps / 2));
+        const int row = S::key_row(lane_index() / 16), half = lane_index() / 8 % 2;
+        load_matrices(first_, tile_.half_step(0, row, half, step));
+        load_matrices(second_, tile_.half_step(0, row, half, step + S::kSteps / 2));
     }
     LONGROPE_DEVICE PairDims get(int half, int, int c) const {
         const Float2 a = unpack<T>(first_[2 * half + c]), b = unpack<T>(second_[2 * half + c]);
@@ -191,7 +182,7 @@ class QuantisedKeys {
     LONGROPE_DEVICE QuantisedKeys(int stage, SharedAddress scales) : tile_{S::stage(stage)}, scales_(scales) {}
 
     LONGROPE_DEVICE void load(int step) {
-        const int row = 16 * warp_index() + key_row(lane_index() / 16);
+        const int row = S::key_row(lane_index() / 16);
         load_matrices(bytes_, tile_.chunk(row, step + lane_index() / 8 % 2 * (S::kSteps / 2)));
         const SharedAddress scales = scales_ + 4 * (16 * step + lane_index() % 4 * 4);
         scale_[0] = load_shared<Float4>(scales);
@@ -228,7 +219,7 @@ class ScatteredKeys {
     LONGROPE_DEVICE void load(int) {}
     LONGROPE_DEVICE PairDims get(int half, int entry, int) const {
         warp_sync();  // one key after another: together they take registers that the rest of the kernel needs
-        const auto row = row_at_(16 * warp_index() + key_of(half, lane_index() / 4));
+        const auto row = row_at_(S::key(half, lane_index() / 4));
         PairDims x;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {

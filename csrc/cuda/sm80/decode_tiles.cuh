@@ -2,7 +2,8 @@
 //
 // A thread copies the same chunks of rows that are a fixed step apart, of every tile. What does not change from tile to
 // tile (its chunks' places, the strides) is computed once; a row costs a step through the pages and two products in 64
-// bits, and a 16-byte copy one instruction. Pages are looked up a tile ahead.
+// bits, and a 16-byte copy one instruction. Pages are looked up a tile ahead. A tile of a quantised cache lies in one
+// page: there a row is an addition from the one before. Scales come once, for all the keys of the run.
 #pragma once
 
 #include "../kernels.h"
@@ -19,6 +20,8 @@ constexpr int kBlockRows = 16;  // as many as one product has
 template <class T, int kHeadDim, class Q>
 struct DecodeShape {
     static constexpr bool kQuantised = !std::is_same_v<Q, T>;
+    // Keys are rotated in fp16, two at once: far finer than bf16, but not than fp16.
+    static constexpr bool kPacked = kQuantised && !std::is_same_v<T, Half>;
     static constexpr int kKeys = kHeadDim <= 128 ? 64 : 32, kWarps = kKeys / 16, kThreads = 32 * kWarps;
     static constexpr int kSteps = kHeadDim / 16, kPairs = kHeadDim / 2;
     using QueryTile = Tile<kBlockRows, kHeadDim>;
@@ -27,27 +30,51 @@ struct DecodeShape {
     using ByteTile = Tile<kKeys, (kHeadDim / 2 + 31) / 32 * 32>;
     using StoredTile = std::conditional_t<kQuantised, ByteTile, KeyTile>;
 
-    // Half the frequencies; angles of 8 distances from the middle of 16 keys; angles of the middles, a warp each.
-    static constexpr int kHalfTurns = QueryTile::kBytes, kDistances = kHalfTurns + kPairs * 8;
-    static constexpr int kMiddles = kDistances + 8 * kPairs * 8, kStages = kMiddles + kWarps * kPairs * 8;
-    // A stage: keys (quantised ones fill half of their place), values, scales of channels and of values.
-    static constexpr int kScaleBytes = kQuantised ? (kHeadDim + kKeys) * 4 : 0;
-    static constexpr int kStageBytes = KeyTile::kBytes + StoredTile::kBytes + kScaleBytes;
+    // Half the frequencies; angles of the distances of keys from a middle, and of the middle: in fp32 of 8 from that of
+    // each warp's 16 keys, packed of half a tile from that of the tile, in two places in turn.
+    static constexpr int kHalfTurns = (kPacked ? 2 : 1) * QueryTile::kBytes, kDistances = kHalfTurns + kPairs * 8;
+    static constexpr int kMiddles = kDistances + (kPacked ? kKeys / 2 * 4 : 8 * 8) * kPairs;
+    static constexpr int kMiddleBytes = (kPacked ? 4 : 8) * kPairs;  // a warp's or a tile's
+    // Scales of the run's values; what the warps know of them; of its channels, group by group, in the columns of their
+    // keys, packed in fp16, with units of pairs and of rows.
+    static constexpr int kGroups = kSplitKeys / kKeyGroup, kScaleBytes = kGroups * kHeadDim * 4;
+    static constexpr int kValueScales = kMiddles + (kPacked ? 2 : kWarps) * kMiddleBytes;
+    static constexpr int kFound = kValueScales + (kQuantised ? kSplitKeys * 4 : 0), kValueUnit = kFound + 12 * kWarps;
+    static constexpr int kPackedScales = kFound + (kQuantised ? 64 : 0);
+    static constexpr int kPairUnits = kPackedScales + (kPacked ? kScaleBytes / 2 : kQuantised ? kScaleBytes : 0);
+    static constexpr int kRowUnits = kPairUnits + (kPacked ? kPairs * 4 : 0);
+    static constexpr int kStages = (kRowUnits + (kPacked ? kBlockRows * 4 : 0) + 127) / 128 * 128;
+    // A stage: keys (quantised ones fill half of their place), values.
+    static constexpr int kStageBytes = KeyTile::kBytes + StoredTile::kBytes;
+    // Before packing, in the second stage: rotated queries in fp32, and the channels' scales.
+    static constexpr int kRotated = kStages + kStageBytes;
+    static constexpr int kChannelScales = kPacked ? kRotated + kBlockRows * kHeadDim * 4 : kPackedScales;
     static constexpr int kSharedBytes = kStages + 2 * kStageBytes;
     // The warps' sums, in the place of the stages: fp32 [warps][16][head_dim + 2].
     static constexpr int kSumStride = kHeadDim + 2;
     // Blocks on a multiprocessor of Hopper: what shared memory leaves room for, less where registers would not suffice.
-    static constexpr int kResident = kQuantised || kHeadDim > 128 ? 2 : 3;
+    static constexpr int kResident = kHeadDim > 128 ? 2 : 3;
     static_assert(kResident * (kSharedBytes + 1024) <= 228 << 10, "the blocks do not fit a multiprocessor");
     static_assert(kWarps * kBlockRows * kSumStride * 4 <= kSharedBytes - kStages, "the sums do not fit the stages");
     static_assert(kSharedBytes <= kSharedLimit, "the tiles do not fit sm_86");
     static_assert(kSplitKeys % kKeys == 0 && kKeyGroup % kKeys == 0, "a tile lies in one run and one group");
-    static_assert(kStages % 128 == 0 && kStageBytes % 128 == 0, "tiles begin at the first bank");
+    static_assert(kStageBytes % 128 == 0, "tiles begin at the first bank");
+    static_assert(kBlockRows * kHeadDim * 4 + kScaleBytes <= kStageBytes, "what is packed does not fit a stage");
+
+    // The tile's key in column i of half `half` of a warp's 16: as far from a middle in both halves.
+    static LONGROPE_DEVICE int key(int half, int i) {
+        const int first = kPacked ? kKeys / 2 : 16 * warp_index() + 8, distance = kPacked ? 8 * warp_index() + i : i;
+        return half == 0 ? first - 1 - distance : first + distance;
+    }
+    // The one whose row a lane addresses for load_matrices of rows 0 to 7, then 8 to 15.
+    static LONGROPE_DEVICE int key_row(int second) { return key(second, lane_index() % 8); }
 
     static LONGROPE_DEVICE SharedAddress stage(int i) { return kStages + i * kStageBytes; }
     static LONGROPE_DEVICE SharedAddress values(int i) { return stage(i) + KeyTile::kBytes; }
-    static LONGROPE_DEVICE SharedAddress channel_scales(int i) { return values(i) + StoredTile::kBytes; }
-    static LONGROPE_DEVICE SharedAddress value_scales(int i) { return channel_scales(i) + 4 * kHeadDim; }
+    static LONGROPE_DEVICE SharedAddress channel_scales(int key) {  // of the group of a key of the run
+        return kChannelScales + key / kKeyGroup * kHeadDim * 4;
+    }
+    static LONGROPE_DEVICE SharedAddress value_scale(int key) { return kValueScales + 4 * key; }
     static LONGROPE_DEVICE SharedAddress sum(int warp, int row, int column) {
         return kStages + ((warp * kBlockRows + row) * kSumStride + column) * 4;
     }
@@ -90,7 +117,7 @@ struct DecodeLaunch {
     ByteStrides key, value;
     int32_t group;                     // query heads that share a key head
     int32_t row_blocks;                // of a sequence and key head with the most rows
-    uint32_t step_pages, step_tokens;  // from a row that a thread copies to its next
+    uint32_t step_pages, step_tokens;  // from what a thread looks up to its next
 };
 
 // Walks the keys of a sequence through its pages, in steps of `launch.step_pages` pages and `launch.step_tokens`.
@@ -118,6 +145,8 @@ class TileCopies {
 
   public:
     static constexpr int kRowStep = S::kThreads / kLine;
+    static constexpr bool kOfTile = S::kQuantised;  // what is looked up is the tile's first key, not each row
+    static constexpr int kStep = kOfTile ? S::kKeys : kRowStep;
 
     LONGROPE_DEVICE TileCopies(const DecodeLaunch& launch, const Sequence& s, uint32_t head, int first)
         : launch_(launch),
@@ -131,8 +160,8 @@ class TileCopies {
         const Me me;
         const Columns<kHeadDim> columns(p_.rotation);
         if (paged_) {
-            const uint32_t size = static_cast<uint32_t>(p_.pages.page_tokens);
-            walk_ = {(first + me.row) / size, (first + me.row) % size};
+            const uint32_t size = static_cast<uint32_t>(p_.pages.page_tokens), index = first + (kOfTile ? 0 : me.row);
+            walk_ = {index / size, index % size};
         }
         const uintptr_t any = reinterpret_cast<uintptr_t>(key_) | reinterpret_cast<uintptr_t>(value_) |
                               launch.key.outer | launch.key.token | launch.value.outer | launch.value.token;
@@ -147,32 +176,47 @@ class TileCopies {
     // looks up the pages of the next.
     LONGROPE_DEVICE void start(int first, int stage) {
         const Me me;
-        const bool tail = S::kQuantised && first >= length_ / kKeyGroup * kKeyGroup;
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const bool valid = first + me.row + i * kRowStep < length_;
-            if (!tail)
-                copy_row(me, S::stage(stage), i, row(key_, launch_.key, i), valid,
-                         [&](int k, int half) { return half == 0 ? key_to_[k] : key_place(me, me.dim(k) + 8); });
-            copy_row(me, S::values(stage), i, row(value_, launch_.value, i), valid,
-                     [&](int k, int half) { return value_to(me, k) + 8 * half; });
-        }
         if constexpr (S::kQuantised) {
-            copy_value_scale(me, first, stage);
-            if (tail)
-                copy_tile<S::kThreads>(
-                    typename S::KeyTile{S::stage(stage)}, length_ - first, static_cast<int>(p_.head_dim),
-                    [&](int r) { return row_of<T>(p_.pages.key_tail, b_, head_, (first + r) % kKeyGroup); });
-            else if (4 * thread_index() < kHeadDim)
-                copy_channel_scales(stage);
+            const bool tail = first >= length_ / kKeyGroup * kKeyGroup;
+            if (!whole_ || tail || first + S::kKeys > length_)
+                copy_pieces(me, first, stage, tail);
+            else
+                copy_whole(me, stage);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+                const bool valid = first + me.row + i * kRowStep < length_;
+                copy_row(me, S::stage(stage), i, row(key_, launch_.key, i), valid, [&](int k) { return key_to_[k]; });
+                copy_row(me, S::values(stage), i, row(value_, launch_.value, i), valid,
+                         [&](int k) { return value_to(me, k); });
+            }
         }
         look_up(me, first + S::kKeys);
     }
 
+    // Starts copying the scales of a quantised cache's run of keys from `begin` on, zeros for those it has not.
+    LONGROPE_DEVICE void start_scales(int run_begin, int begin) const {
+        const Columns<kHeadDim> columns(p_.rotation);
+        const bool chunks = columns.move_chunks_of(8);
+        const int head_dim = static_cast<int>(p_.head_dim);
+#pragma unroll 1
+        for (int i = thread_index(); i < S::kGroups * kHeadDim / 4; i += S::kThreads) {
+            const int group = i / (kHeadDim / 4), dim = i % (kHeadDim / 4) * 4, first = run_begin + group * kKeyGroup;
+            const bool valid = first + kKeyGroup > begin && first + kKeyGroup <= length_ && dim < head_dim;
+            const float* scales = key_scale(p_, slot(valid ? first : begin), head_);
+            copy_async<16>(S::channel_scales(group * kKeyGroup) + 4 * (chunks ? columns.column(dim) : dim),
+                           scales + (valid ? dim : 0), valid);
+        }
+#pragma unroll 1
+        for (int i = thread_index(); i < kSplitKeys; i += S::kThreads) {
+            const bool valid = run_begin + i >= begin && run_begin + i < length_;
+            copy_async<4>(S::value_scale(i), value_scale(p_, slot(valid ? run_begin + i : begin), head_), valid);
+        }
+    }
+
   private:
     static constexpr int kCopies = kChunks / kLine, kRows = S::kKeys / kRowStep;
-    static_assert(kRowStep % 8 == 0 && kRows <= kLine,
-                  "the swizzle of a thread's rows is one, and a row's scale has its thread");
+    static_assert(kRowStep % 8 == 0, "the swizzle of a thread's rows is one");
 
     // The thread's part of a tile: chunks line, line + kLine and on of rows row, row + kRowStep and on. Made when it is
     // needed, as registers are few.
@@ -192,20 +236,22 @@ class TileCopies {
     uint32_t head_, b_;
     int length_;
     bool paged_, whole_;             // whole_: 16 bytes stay together
-    const uint8_t *key_, *value_;    // of the head, from the thread's first chunk on
+    const uint8_t *key_, *value_;    // of the head, from the thread's first chunk, or row of a tile, on
     SharedAddress key_to_[kCopies];  // places in a tile at 0, of the thread's first row
     SharedAddress value_to_;         // of the first copy; values stay in their columns
     PageWalk walk_;
-    uint32_t outer_[kRows], token_[kRows];  // of the thread's rows of the next tile
+    static constexpr int kLookedUp = kOfTile ? 1 : kRows;
+    uint32_t outer_[kLookedUp], token_[kLookedUp];  // of the next tile
 
     LONGROPE_DEVICE const uint8_t* bytes_of(const Operand& x, const ByteStrides& strides, int64_t key_start) const {
         const auto* data = static_cast<const std::conditional_t<S::kQuantised, uint8_t, T>*>(x.data);
-        const int64_t from = (paged_ ? 0 : key_start * strides.token) + thread_index() % kLine * 16;
+        const int64_t row = (paged_ ? 0 : key_start) + (kOfTile ? thread_index() / kLine : 0);
+        const int64_t from = row * strides.token + thread_index() % kLine * 16;
         // One address, not its terms, is kept in registers.
         return anew(reinterpret_cast<const uint8_t*>(data + head_ * x.head_stride) + from);
     }
     // The thread's row i of the tile that was looked up.
-    LONGROPE_DEVICE const uint8_t* row(const uint8_t* base, const ByteStrides& strides, int i) const {
+    LONGROPE_DEVICE const uint8_t* row(const uint8_t* base, const ByteStrides& strides, int i = 0) const {
         return base + static_cast<int64_t>(outer_[i]) * strides.outer + static_cast<int64_t>(token_[i]) * strides.token;
     }
 
@@ -226,8 +272,8 @@ class TileCopies {
     LONGROPE_DEVICE void look_up(const Me& me, int first) {
         const int32_t* table = p_.pages.block_table + anew(b_) * p_.pages.pages_per_sequence;
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-            const int index = first + me.row + i * kRowStep;
+        for (int i = 0; i < kLookedUp; ++i) {
+            const int index = first + (kOfTile ? 0 : me.row + i * kRowStep);
             const bool there = index < length_;
             if (paged_) {
                 outer_[i] = static_cast<uint32_t>(load_global(table + (there ? walk_.page : 0)));
@@ -240,8 +286,50 @@ class TileCopies {
         }
     }
 
-    LONGROPE_DEVICE Slot slot(uint32_t outer, uint32_t token) const {
-        return {outer, token + (paged_ ? 0 : load_global(p_.key_start + b_))};
+    LONGROPE_DEVICE Slot slot(int index) const {
+        if (paged_) return slot_of(p_.pages, b_, index);
+        return {b_, load_global(p_.key_start + b_) + index};
+    }
+
+    // A tile of which all is there, in 16 bytes at a time.
+    LONGROPE_DEVICE void copy_whole(const Me& me, int stage) const {
+        const uint8_t *key = row(key_, launch_.key), *value = row(value_, launch_.value);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            copy_row(me, S::stage(stage), i, key, true, [&](int k) { return key_to_[k]; });
+            copy_row(me, S::values(stage), i, value, true, [&](int k) { return value_to(me, k); });
+            key += kRowStep * launch_.key.token;
+            value += kRowStep * launch_.value.token;
+        }
+    }
+
+    // Any tile of a quantised cache, of its tail too.
+    LONGROPE_DEVICE void copy_pieces(const Me& me, int first, int stage, bool tail) const {
+        const int head_dim = static_cast<int>(p_.head_dim);
+        const uint8_t *key = row(key_, launch_.key), *value = row(value_, launch_.value);
+#pragma unroll 1
+        for (int i = 0; i < kRows; ++i) {
+            const bool valid = first + me.row + i * kRowStep < length_;
+#pragma unroll
+            for (int k = 0; k < kCopies; ++k)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int dim = me.dim(k) + 8 * half, from = 16 * kLine * k + 8 * half;
+                    const bool there = valid && dim < head_dim;
+                    const SharedAddress to = i * kRowStep * 64;
+                    if (!tail)
+                        copy_async<8>(S::stage(stage) + to + key_place(me, dim), there ? key + from : key_, there);
+                    copy_async<8>(S::values(stage) + to + value_to(me, k) + 8 * half, there ? value + from : value_,
+                                  there);
+                }
+            key += kRowStep * launch_.key.token;
+            value += kRowStep * launch_.value.token;
+        }
+        if (tail)
+            copy_tile<S::kThreads>(
+                typename S::KeyTile{S::stage(stage)}, length_ - first, head_dim,
+                [&](int r) { return row_of<T>(p_.pages.key_tail, b_, head_, (first + r) % kKeyGroup); },
+                static_cast<int>(anew(thread_index())));
     }
 
     template <class PlaceOf>
@@ -249,41 +337,9 @@ class TileCopies {
                                   const PlaceOf& place_of) const {
         const int head_dim = static_cast<int>(p_.head_dim);
 #pragma unroll
-        for (int k = 0; k < kCopies; ++k) {
-            const SharedAddress row = tile + i * kRowStep * 64;
-            const uint8_t* chunk = from + 16 * kLine * k;
-            if constexpr (S::kQuantised) {
-                if (!whole_) {
-                    copy_async<8>(row + place_of(k, 0), chunk, valid && me.dim(k) < head_dim);
-                    copy_async<8>(row + place_of(k, 1), chunk + 8, valid && me.dim(k) + 8 < head_dim);
-                    continue;
-                }
-            }
-            copy_async<16>(row + place_of(k, 0), chunk, valid && me.dim(k) < head_dim);
-        }
-    }
-
-    // Of a row, by one of the threads that copy it.
-    LONGROPE_DEVICE void copy_value_scale(const Me& me, int first, int stage) const {
-        if (me.line >= kRows) return;
-        const int row = me.row + me.line * kRowStep;
-        uint32_t outer = outer_[0], token = token_[0];
-#pragma unroll
-        for (int i = 1; i < kRows; ++i)
-            if (me.line == i) {
-                outer = outer_[i];
-                token = token_[i];
-            }
-        copy_async<4>(S::value_scales(stage) + 4 * row, value_scale(p_, slot(outer, token), head_),
-                      first + row < length_);
-    }
-
-    // Four channels a thread, in the columns of their keys. A tile lies in one group, and that in one page.
-    LONGROPE_DEVICE void copy_channel_scales(int stage) const {
-        const Columns<kHeadDim> columns(p_.rotation);
-        const int dim = 4 * thread_index(), column = columns.move_chunks_of(8) ? columns.column(dim) : dim;
-        copy_async<16>(S::channel_scales(stage) + 4 * column, key_scale(p_, slot(outer_[0], token_[0]), head_) + dim,
-                       dim < p_.head_dim);
+        for (int k = 0; k < kCopies; ++k)
+            copy_async<16>(tile + i * kRowStep * 64 + place_of(k), from + 16 * kLine * k,
+                           valid && me.dim(k) < head_dim);
     }
 };
 
