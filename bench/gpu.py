@@ -27,6 +27,7 @@ from torch import Tensor
 import longrope_kernels as lk
 
 from . import gpu_peers as peers
+from . import interpreter
 from .gpu_peers import Call
 from .record import Record, refused, row
 from .timing import Samples
@@ -517,6 +518,8 @@ def main() -> int:
     if dry and os.environ.get("TRITON_INTERPRET") != "1":
         print("bench.gpu: a dry run needs TRITON_INTERPRET=1 in the environment", file=sys.stderr)
         return 2
+    if dry:
+        interpreter.patch_once()
     if arguments.smoke:
         return smoke_all(DRY if dry else GPU)
     return run(DRY if dry else GPU, arguments.out, arguments.minutes)

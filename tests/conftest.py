@@ -1,8 +1,16 @@
-"""The instruction set of the CPU kernels, for the tests that `levels` marks; the order of files."""
+"""The instruction set of the CPU kernels, for tests that `levels` marks; the order of files; a faster interpreter."""
+
+import importlib.util
+import os
 
 import pytest
 
 from longrope_kernels.backends import cpu
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from bench import interpreter
+
+    interpreter.patch_once()
 
 # `make test` deals files out to processes: the longest first, so that none is left alone with one at the end.
 LONGEST = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -63,26 +64,31 @@ def _load(name: str, sources: list[Path], changes: dict[str, str]) -> ModuleType
                 (part / changed).write_text(text)
             part.rename(tree)
         sources = [tree / x.relative_to(CSRC) if x.is_relative_to(CSRC) else x for x in sources]
-    flags = [*FLAGS, f"-I{sysconfig.get_paths()['include']}", f"-I{_pybind11()}", f"-DLONGROPE_MODULE={name}"]
+    flags = [*FLAGS, f"-I{sysconfig.get_paths()['include']}", f"-I{_pybind11()}"]
     common = hashlib.sha256(" ".join([compiler() or "", *flags, sys.version]).encode())
 
     def compiled(source: Path) -> Path:
+        # For what needs it alone: all modules share the emulator's own objects.
+        named = [f"-DLONGROPE_MODULE={name}"] if "LONGROPE_MODULE" in source.read_text() else []
         digest = common.copy()
+        digest.update(" ".join(named).encode())
         for path in _with_headers(source):
             digest.update(path.read_bytes())
         target = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}.o"
         if not target.exists():
-            _run([str(compiler()), *flags, "-x", "c++", "-c", str(source), "-o", f"{target}.part"])
+            _run([str(compiler()), *flags, *named, "-x", "c++", "-c", str(source), "-o", f"{target}.part"])
             os.replace(f"{target}.part", target)
         return target
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    # One process at a time: the next finds done what it would have done again.
+    with (CACHE / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         objects = list(pool.map(compiled, sources))
-    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
-    library = CACHE / f"{name}-{digest}.so"
-    if not library.exists():
-        _run([str(compiler()), "-shared", *map(str, objects), "-o", f"{library}.part"])
-        os.replace(f"{library}.part", library)
+        digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
+        library = CACHE / f"{name}-{digest}.so"
+        if not library.exists():
+            _run([str(compiler()), "-shared", *map(str, objects), "-o", f"{library}.part"])
+            os.replace(f"{library}.part", library)
     # pybind11 keeps modules by their full name, of which the last part names the entry point.
     spec = importlib.util.spec_from_file_location(f"build_{digest}.{name}", library)
     assert spec is not None
