@@ -44,8 +44,8 @@ def test_the_kernels_conform(hopper, seed):
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("options", [{}, {"is_causal": False}, {"window": 33}, {"softcap": 3.0}], ids=str)
 def test_gradients_are_those_of_the_reference(hopper, head_dim, options):
-    """Several blocks, the last of which is not whole, and more keys than queries."""
-    q, k, v = operands(2, (4, 2), (200, 330), head_dim)
+    """Several blocks, the last of which is not whole, and more keys than queries; two sequences where that is quick."""
+    q, k, v = operands(2 if head_dim == 64 else 1, (4, 2), (200, 330), head_dim)
     results = [
         gradients((q, k, v), weight_like(q), scaling(head_dim), backend=x, **options) for x in ("cuda", "reference")
     ]
