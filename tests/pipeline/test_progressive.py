@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from conftest import Finished, Run, run_process
 
 import longrope_kernels as lk
 from longrope import context, factors, models
+from longrope.export import reload
 from longrope.loss import token_nll
 from longrope.progressive import by_length
 from longrope.run import digest
@@ -41,6 +42,48 @@ MOMENTS = {
     "export": ("heldout.json", 1),
     "report": ("export.json", 1),
 }
+
+
+# Has stock transformers loaded, and gives each request a process in which the reload check finds it so.
+STOCK = """
+import io, os, sys
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+program = open(sys.argv[1]).read()
+for request in sys.stdin:
+    if os.fork() == 0:
+        sys.stdin = io.StringIO(request)
+        exec(program, {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def stock() -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+    """What `reload.run_stock` does, but for the seconds of importing torch and transformers."""
+    program = [sys.executable, "-c", STOCK, str(Path(reload.__file__).with_name("stock_check.py"))]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def run(request: dict[str, Any]) -> dict[str, Any]:
+            print(json.dumps(request), file=server.stdin, flush=True)
+            return dict(json.loads(server.stdout.readline()))
+
+        yield run
+
+
+@pytest.fixture
+def command(
+    command: Callable[..., Finished], stock: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Finished]:
+    """The command line in this process; `progressive` and what is killed reload in an interpreter of their own."""
+    monkeypatch.setattr(reload, "run_stock", stock)
+    return command
 
 
 @pytest.fixture(scope="module")
