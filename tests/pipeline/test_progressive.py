@@ -210,13 +210,13 @@ def test_the_export_is_of_the_tuned_weights(progressive: Run) -> None:
     assert all(exported[name].equal(value) for name, value in tuned.items())
 
 
-def test_a_finished_run_repeats_nothing(progressive: Run) -> None:
+def test_a_finished_run_repeats_nothing(progressive: Run, command: Callable[..., Finished]) -> None:
     def state() -> dict[str, tuple[int, bytes]]:
         files = [*progressive.folder.rglob("*.jsonl"), *progressive.folder.rglob("*.safetensors")]
         return {str(file): (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
 
     before, table = state(), read(progressive.folder, "lengths.json")
-    again = run_process(*progressive.arguments)
+    again = command(*progressive.arguments)
     assert again.code == 0, again.err
     assert read(progressive.folder, "lengths.json") == table
     after = state()
@@ -243,13 +243,18 @@ def kill_at(asked: tuple[str, ...], file: Path, lines: int) -> None:
 
 @pytest.mark.parametrize("moments", [("tune",), pytest.param(tuple(MOMENTS), marks=pytest.mark.slow)])
 def test_killed_and_started_again_it_arrives_at_the_same(
-    progressive: Run, moments: tuple[str, ...], model_folder: Path, long_texts: Path, tmp_path: Path
+    progressive: Run,
+    moments: tuple[str, ...],
+    command: Callable[..., Finished],
+    model_folder: Path,
+    long_texts: Path,
+    tmp_path: Path,
 ) -> None:
     asked = arguments(model_folder, long_texts, tmp_path / "run")
     for moment in moments:
         name, lines = MOMENTS[moment]
         kill_at(asked, tmp_path / "run" / name, lines)
-    done = run_process(*asked)
+    done = command(*asked)
     assert done.code == 0, done.err
     whole, killed = (read(folder, "lengths.json") for folder in (progressive.folder, tmp_path / "run"))
     assert killed == whole
