@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from opchecks import check_what_ops_say
 
 import longrope_kernels as lk
 
@@ -67,6 +68,11 @@ def test_opcheck_apply_rope(grad):
         "",
     )
     torch.library.opcheck(torch.ops.longrope_kernels.apply_rope.default, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_ops_say_of_their_results_is_so(backend):
+    check_what_ops_say(backend)
 
 
 @pytest.mark.parametrize("scaling", [SCALING, ROPE], ids=["one regime", "ladder"])

@@ -8,6 +8,7 @@ import pathlib
 
 import pytest
 import torch
+from opchecks import check_what_ops_say
 
 import longrope_kernels as lk
 from longrope_kernels import backends, testing
@@ -597,6 +598,10 @@ def test_an_empty_cache_gives_zero():
     assert (out[1] == 0).all()
     assert (lse[1] == -torch.inf).all()
     assert out[0].abs().sum() > 0
+
+
+def test_what_ops_say_of_their_results_is_so():
+    check_what_ops_say("triton")
 
 
 @pytest.mark.parametrize("quantised", ["int8", "fp8"])

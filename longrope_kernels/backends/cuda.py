@@ -93,7 +93,8 @@ def apply_rope(
     conjugate: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Rotate queries and keys in one launch; cos and sin are computed once per position for all heads."""
-    outputs: list[Tensor | None] = [torch.empty_like(query), None if key is None else torch.empty_like(key)]
+    # Contiguous whatever the operands' strides: what the op says beforehand, and torch.compile builds on.
+    outputs = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key)]
     _rotate((query, key), outputs, rotation, (query_positions, key_positions), conjugate)
     assert outputs[0] is not None
     return outputs[0], outputs[1]

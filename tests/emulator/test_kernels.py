@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from opchecks import check_what_ops_say
 
 import longrope_kernels as lk
 from longrope_kernels import testing
@@ -35,6 +36,12 @@ def test_kernels_of_little_shared_memory_conform(little_shared, seed):
     options = {"head_dims": [80, 96, 128, 256], "max_tokens": 150, "max_examples": max(EXAMPLES // 4, 1)}
     options["caches"] = CACHES
     testing.conformance(backend="cuda", dtypes=DTYPES, **options)
+
+
+@pytest.mark.parametrize("fixture", ["emulated", "hopper"])
+def test_what_ops_say_of_their_results_is_so(request, fixture):
+    request.getfixturevalue(fixture)
+    check_what_ops_say("cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
