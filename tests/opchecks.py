@@ -1,4 +1,4 @@
-"""Does what an op returns have the shape, dtype and strides that its fake implementation says? Inductor builds on them."""
+"""Do results have the shape, dtype and strides that an op's fake implementation says? Inductor builds on them."""
 
 import torch
 
@@ -11,7 +11,7 @@ TOKENS = 20
 
 
 def calls(backend, dtype):
-    """Return the ops that return something and arguments for each, by name: operands as a model has them, transposed."""
+    """Return every op that returns something, with arguments: operands as a model has them, transposed."""
     rotation = LADDER.rotation(torch.tensor([0, 1], dtype=torch.int32))
     tables = (rotation.turns, rotation.base_turns, rotation.inv_freq, rotation.start_tokens)
     tables += (rotation.attention_factor, rotation.regime_index)
