@@ -3,6 +3,7 @@
 import pytest
 import torch
 from opchecks import check_what_ops_say
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import longrope_kernels as lk
 
@@ -99,7 +100,7 @@ def test_one_compiled_graph_serves_many_scalings():
             q, k, v, *tables, None, None, None, None, None, 0.2, True, -1, -1, 0.0, False, ""
         )[0]
 
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for factor in (1.0, 2.0, 4.0):
         r = SCALING.replace(rescale_factors=[factor] * 16).rotation(torch.zeros(2, dtype=torch.int32))
