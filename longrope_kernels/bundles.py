@@ -87,6 +87,11 @@ class Packing:
     def batch(self) -> int:
         return self.query_bounds.shape[0] - 1
 
+    def inside(self, query_tokens: int, key_tokens: int) -> Packing:
+        """Bounds that never fall and end with operands of so many tokens: those on a device nobody checked."""
+        bounds = ((self.query_bounds, query_tokens), (self.key_bounds, key_tokens))
+        return Packing(*(x.clamp(0, tokens).cummax(0).values for x, tokens in bounds))
+
 
 KEY_GROUP = 64  # keys that share one scale per channel in a quantised cache, by index in the sequence
 # The formats of a quantised cache, by the dtype of its pages, and what a scale maps the largest magnitude to.

@@ -574,6 +574,28 @@ def test_lengths_past_the_operands_read_nothing_behind_them(form, queries):
     assert all(testing.same_bits(x, y) for x, y in zip(actual, exact, strict=True))
 
 
+@pytest.mark.parametrize("of", ["queries", "keys"])
+@pytest.mark.parametrize(
+    "bounds", [[0, 70, 30, 100], [-5, 40, 90, 100], [0, 900, 40, 130], [0, 40, 2**40, 2**41]], ids=str
+)
+def test_a_packed_batch_ends_with_its_operands_and_its_bounds_never_fall(of, bounds):
+    """Straight to the backend: on a GPU the host sees no bounds to check."""
+    q, k, v, grad = torch.randn(4, 100, 2, 32, generator=torch.Generator().manual_seed(0))
+    rotation = scaling(32).rotation(torch.zeros(3, dtype=torch.int32))
+    geometry = Geometry(None, None, None, None, None, 0.2, True, -1, -1, 0.0)
+    sound = torch.tensor([0, 30, 60, 100])
+
+    def run(bounds):
+        packing = Packing(bounds, sound) if of == "queries" else Packing(sound, bounds)
+        operands = [before_nan(x, 0) for x in (q, k, v)]
+        out, lse = triton_backend.attention_varlen(*operands, rotation, geometry, packing)
+        where = (rotation, geometry, packing)
+        return out, lse, *triton_backend.attention_varlen_backward(grad, None, *operands, out, lse, *where, True)
+
+    told, kept = torch.tensor(bounds), torch.tensor(bounds).clamp(0, 100).cummax(0).values
+    assert all(testing.same_bits(x, y) for x, y in zip(run(told), run(kept), strict=True))
+
+
 @pytest.mark.parametrize("queries", [1, 5, 90])
 @pytest.mark.parametrize(("quantised", "page_tokens"), [(False, 8), (False, 128), ("int8", 64), ("fp8", 128)])
 def test_a_length_past_the_room_of_a_cache_reads_no_page_of_others(quantised, page_tokens, queries):

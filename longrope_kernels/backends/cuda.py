@@ -171,7 +171,7 @@ def attention_varlen_backward(
     query, key, out = _aligned(query), _aligned(key), _aligned(out)
     value, grad_out = (_bulk_readable(_aligned(x), token_dim=0) for x in (value, grad_out))
     lse = lse.contiguous()
-    packing = _inside(packing, query, key)
+    packing = packing.inside(query.shape[0], key.shape[0])
     arguments, keep = native.packed_arguments(query, key, value, out, lse, rotation, geometry, packing)
     tokens = tuple(int(x.diff().max()) if packing.batch else 0 for x in (packing.query_bounds, packing.key_bounds))
     call = _Attention(arguments, [query, key, value, *keep], [out, lse])
@@ -187,7 +187,7 @@ def attention_varlen(
     Each sequence goes to the kernel that it would go to alone.
     """
     query, key, value = _aligned(query), _aligned(key), _bulk_readable(_aligned(value), token_dim=0)
-    packing = _inside(packing, query, key)
+    packing = packing.inside(query.shape[0], key.shape[0])
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
@@ -373,12 +373,6 @@ def _decode_rows() -> int:
     """Return how many rows, query heads of a key head times tokens, a sequence has at most whose keys are split."""
     assert _native is not None
     return int(_native.DECODE_ROWS)
-
-
-def _inside(packing: Packing, query: Tensor, key: Tensor) -> Packing:
-    """Return bounds that never fall and end with the operands, whatever those on a device say: nobody checked them."""
-    bounds = ((packing.query_bounds, query.shape[0]), (packing.key_bounds, key.shape[0]))
-    return Packing(*(x.clamp(0, tokens).cummax(0).values for x, tokens in bounds))
 
 
 def _emulated() -> bool:

@@ -47,7 +47,8 @@ class Sequences:
     @classmethod
     def of_packing(cls, packing: Packing, query_tokens: int, key_tokens: int) -> Sequences:
         """Sequences packed one behind the other."""
-        queries, keys = packing.query_bounds.clamp(0, query_tokens), packing.key_bounds.clamp(0, key_tokens)
+        packing = packing.inside(query_tokens, key_tokens)
+        queries, keys = packing.query_bounds, packing.key_bounds
         count, length = queries.diff(), keys.diff()
         return cls(length - count, keys[:-1], length, queries[:-1], count)
 
