@@ -298,14 +298,14 @@ class Report:
     def _excesses(self) -> Iterator[str]:
         if self.shared_bytes > SHARED_LIMIT[self.target]:
             yield f"{self.shared_bytes} bytes of shared memory, of {SHARED_LIMIT[self.target]}"
-        if self.spill_bytes:
+        ceiling = ceilings().get(self.name, {}) if self.target == CEILING_TARGET else {}
+        if self.spill_bytes and not ceiling:
             yield f"{self.spill_bytes} bytes of local memory"
-        if self.target == CEILING_TARGET and ceilings():
-            if self.name not in ceilings():
-                yield f"no ceiling in {CEILINGS.name} (python -m bench.report_gpu --ceilings writes them)"
-            for what, most in ceilings().get(self.name, {}).items():
-                if getattr(self, what) > most:
-                    yield f"{getattr(self, what)} {what.replace('_', ' ')}, of {most} in {CEILINGS.name}"
+        if self.target == CEILING_TARGET and ceilings() and not ceiling:
+            yield f"no ceiling in {CEILINGS.name} (python -m bench.report_gpu --ceilings writes them)"
+        for what, most in ceiling.items():
+            if getattr(self, what) > most:
+                yield f"{getattr(self, what)} {what.replace('_', ' ')}, of {most} in {CEILINGS.name}"
 
     def _missing_tensor_cores(self) -> Iterator[str]:
         if self.kernel not in MATMUL_KERNELS or "float32" in self.case:
