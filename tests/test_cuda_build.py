@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
@@ -279,6 +280,17 @@ def test_every_gpu_finds_an_image_of_every_kernel(tmp_path):
         assert images & {"compute_80", "compute_89"}, source
         for major, minor in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)):
             assert any(f"sm_{major}{x}" in images for x in range(minor + 1)), (source, major, minor)
+
+
+@needs_nvcc
+def test_nvcc_finds_all_that_the_bindings_name(tmp_path):
+    """For the emulator they include more, and no kernel is compiled with them."""
+    pybind11 = pytest.importorskip("pybind11")
+    folders = [sysconfig.get_paths()["include"], pybind11.get_include()]
+    command = [NVCC, "-std=c++17", "-x", "cu", "--cuda", "-arch=sm_80", "-DLONGROPE_MODULE=_cuda"]
+    command += [f"-I{x}" for x in folders] + [ROOT / "csrc" / "bindings" / "cuda_module.cpp", "-o", tmp_path / "host.ii"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 @needs_nvcc

@@ -7,6 +7,7 @@
 
 #include "../cuda/kernels.h"
 #include "../cuda/schedule.cuh"
+#include "../cuda/sequence.cuh"
 #include "arguments.h"
 
 #if !defined(__CUDACC__)
