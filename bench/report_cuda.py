@@ -440,8 +440,9 @@ def streams() -> Iterator[Stream]:
     yield Stream("queries, rotated", "prepare_keys.cu", f"prepare_queries_kernel{bf16}Lb1E", "16 pairs of a lane")
     yield Stream("values, gathered", "prepare_keys.cu", f"gather_values_kernel{bf16}", "8 dims of a lane")
     for dim in (64, 96, 128, 256):
-        step = f"a row of {dim}, {dim // 8} lanes"
-        yield Stream("delta", "attention_delta.cu", f"attention_delta_kernel{bf16}", step, lanes=dim / 256)
+        lanes = 8 if dim <= 64 else 16 if dim <= 128 else 32  # of a row
+        name, step = f"attention_delta_kernel{bf16}Li{lanes}E", f"{4 * 32 // lanes} rows of {dim}"
+        yield Stream("delta", "attention_delta.cu", name, step, lanes=dim / 8 / lanes)
     anything = rf"{ACCESSES}"
     yield Stream("combine", "attention_combine.cu", f"attention_combine_kernel{bf16}", "partial results", anything)
     yield Stream("append", "cache_append.cu", f"append_plain_kernel{bf16}", "8 dims of a lane")

@@ -288,7 +288,11 @@ def test_nvcc_finds_all_that_the_bindings_name(tmp_path):
     pybind11 = pytest.importorskip("pybind11")
     folders = [sysconfig.get_paths()["include"], pybind11.get_include()]
     command = [NVCC, "-std=c++17", "-x", "cu", "--cuda", "-arch=sm_80", "-DLONGROPE_MODULE=_cuda"]
-    command += [f"-I{x}" for x in folders] + [ROOT / "csrc" / "bindings" / "cuda_module.cpp", "-o", tmp_path / "host.ii"]
+    command += [f"-I{x}" for x in folders] + [
+        ROOT / "csrc" / "bindings" / "cuda_module.cpp",
+        "-o",
+        tmp_path / "host.ii",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

@@ -120,8 +120,9 @@ template <class T>
 struct GlobalRow {
     T* row;
 
-    LONGROPE_DEVICE Float8 load8(int chunk) const {
-        return unpack8<T>(load_global(reinterpret_cast<const Vec16*>(row + chunk * 8)));
+    LONGROPE_DEVICE Float8 load8(int chunk) const { return unpack8<T>(load16(chunk)); }
+    LONGROPE_DEVICE Vec16 load16(int chunk) const {
+        return load_global(reinterpret_cast<const Vec16*>(row + chunk * 8));
     }
     LONGROPE_DEVICE void store8(int chunk, const Float8& x) const { store16(chunk, pack8<T>(x)); }
     LONGROPE_DEVICE void store16(int chunk, const Vec16& v) const {

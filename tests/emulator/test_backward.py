@@ -75,7 +75,7 @@ def test_gradients_of_a_packed_batch_are_those_of_its_sequences(kernels):
 
 
 # Above head_dim 128 two warps share 16 rows (sm80/attention_backward_wide.cu), and on Hopper two warpgroups 64 keys.
-WIDE = "cuda/sm80/attention_backward_wide.cu"
+WIDE, DELTA = "cuda/sm80/attention_backward_wide.cu", "cuda/attention_delta.cu"
 
 
 @pytest.fixture(params=["emulated", "little_shared", pytest.param("hopper", marks=pytest.mark.slow)])
@@ -219,6 +219,11 @@ PLANTED = {
         0,
         "wrong result",
     ),
+    "delta: rows past the end": ("j * R::kAtOnce >= left ||", "", 0, "out of bounds|wrong result"),
+    "delta: dims past the row's": ("|| chunk * kChunk >= p.head_dim", "", 0, "out of bounds|wrong result"),
+    "delta: half of a row's lanes": ("mask = kLanes / 2", "mask = kLanes / 4", 0, "wrong result"),
+    "delta: another row's": ("if (chunk == j)", "if (chunk == (j ^ 1))", 0, "wrong result"),
+    "delta: rows that are stored twice": ("chunk >= kSteps ||", "chunk > kSteps ||", 0, "out of bounds|wrong result"),
     "tiles that do not fit sm_86": (
         "if (blocks_that_fit(multiprocessor_shared(), KeyShape<32>::kSharedBytes) > 0)",
         "if (multiprocessor_shared() > 0)",
@@ -231,12 +236,13 @@ QUICK = ["dk: weights given over those not taken", "dq: dS taken too early", "ti
 
 def planted(name):
     old, new, which, _ = PLANTED[name]
-    pieces = (build.CSRC / WIDE).read_text().split(old)
+    path = DELTA if name.startswith("delta") else WIDE
+    pieces = (build.CSRC / path).read_text().split(old)
     assert len(pieces) > which + 1, f"no {old!r}"
     text = old.join(pieces[: which + 1]) + new + old.join(pieces[which + 1 :])
     # One dtype is enough to show a mistake, and compiles sooner.
     lines = [x for x in text.splitlines() if "run<Half>" not in x]
-    return build.module({WIDE: "\n".join(lines) + "\n"})
+    return build.module({path: "\n".join(lines) + "\n"})
 
 
 def told(emulator, monkeypatch):
