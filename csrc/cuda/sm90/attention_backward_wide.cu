@@ -101,7 +101,6 @@ LONGROPE_DEVICE void consume_queries_by_role(const GradientLaunch& launch, int g
     const auto rows = S::rows();
     const auto keys = S::keys(0);
     QueryWalk walk(S::kNotesAt);
-    if (!scorer) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of keys so far
 
     each_tile(launch.schedule, [&](int32_t tile) {
@@ -186,20 +185,12 @@ template <class T>
 LONGROPE_KERNEL(kThreads)
 wide_key_gradient_sm90_kernel(const LONGROPE_GRID_CONSTANT GradientLaunch launch) {
     using S = WideKeyShape;
-    if (thread_index() == 0) {
-        S::keys(0).begin();
-        S::rows().begin(2);  // the copies, and what is known of the rows
-        proxy_fence();
-    }
-    block_sync();
-    const int group = warp_index() / kGroupWarps - 1;
-    if (group < 0) {
-        shrink_registers<kProducerRegisters>();
-        if (warp_index() == 0) produce_queries<T, S>(launch);
-    } else {
-        grow_registers<kConsumerRegisters>();
-        consume_queries_by_role<T>(launch, group);
-    }
+    run_pipeline(
+        [] {
+            S::keys(0).begin();
+            S::rows().begin(2);  // the copies, and what is known of the rows
+        },
+        [&] { produce_queries<T, S>(launch); }, [&](int group) { consume_queries_by_role<T>(launch, group); });
 }
 
 template <class T>

@@ -97,25 +97,17 @@ LONGROPE_DEVICE void produce(const ForwardLaunch& launch) {
         const Work<S> work(p, launch.schedule.at(tile));
         const Interval keys = work.keys(p);
         for (int64_t first = keys.low; first < keys.high; first += S::kKeys, ++count) {
+            const int64_t left = work.s.key_length - first, token = work.s.key_start + first;
             const auto bring = [&](const TensorMap& map, const Operand& from, const auto& ring) {
-                mbarrier_expect(ring.full(count), S::KeyTile::kBytes);
-                copy_bulk(map, from, work.s.b, work.key_head, work.s.key_start + first, ring.tile(count),
-                          ring.full(count));
+                ring.expect(count);
+                copy_bulk(map, from, work.s.b, work.key_head, token, ring.tile(count), ring.full(count));
             };
             rings.keys.wait_free(count);
             if (lane_index() == 0) bring(launch.keys, p.key, rings.keys);
             rings.values.wait_free(count);
-            const int64_t left = work.s.key_length - first;
             if (left < S::kKeys) {
-                const T* base = row_of<T>(p.value, work.s.b, work.key_head, work.s.key_start + first);
-                copy_tile<32>(
-                    rings.values.tile(count), static_cast<int>(left), static_cast<int>(p.head_dim),
-                    [&](int r) { return base + r * p.value.token_stride; }, lane_index());
-                copy_async_commit();
-                copy_async_wait<0>();
-                proxy_fence();
-                warp_sync();
-                if (lane_index() == 0) mbarrier_arrive(rings.values.full(count));
+                copy_rows<T>(rings.values.tile(count), left, p.value, work.s.b, work.key_head, token, p.head_dim);
+                rings.values.fill_copied(count);
             } else if (lane_index() == 0) {
                 bring(launch.values, p.value, rings.values);
             }
@@ -132,7 +124,6 @@ LONGROPE_DEVICE void consume(const ForwardLaunch& launch, int group) {
     const typename S::QueryTile queries = S::queries(group);
     const int warp_row = warp_index() % 4 * 16;
     const ScoreScale scale(p.scale, p.softcap);
-    if (group == 1) give_turn(group);
     int count = 0;  // of tiles so far
 
     each_tile(launch.schedule, [&](int32_t tile) {
@@ -240,21 +231,13 @@ template <class T, int kHeadDim>
 LONGROPE_KERNEL(kThreads)
 attention_forward_sm90_kernel(const LONGROPE_GRID_CONSTANT ForwardLaunch launch) {
     using S = Shape<kHeadDim>;
-    const Rings<S> rings;
-    if (thread_index() == 0) {
-        rings.keys.begin();
-        rings.values.begin();
-        proxy_fence();
-    }
-    block_sync();
-    const int group = warp_index() / 4 - 1;
-    if (group < 0) {
-        shrink_registers<kProducerRegisters>();
-        if (warp_index() == 0) produce<T, S>(launch);
-    } else {
-        grow_registers<kConsumerRegisters>();
-        consume<T, kHeadDim>(launch, group);
-    }
+    run_pipeline(
+        [] {
+            const Rings<S> rings;
+            rings.keys.begin();
+            rings.values.begin();
+        },
+        [&] { produce<T, S>(launch); }, [&](int group) { consume<T, kHeadDim>(launch, group); });
 }
 
 template <class T, int kHeadDim>

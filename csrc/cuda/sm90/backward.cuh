@@ -1,5 +1,4 @@
-// What the backward kernels for Hopper share besides gradients.cuh: their arguments, the copies of a sequence's last
-// tile, and their launch.
+// What the backward kernels for Hopper share besides gradients.cuh: their arguments and their launch.
 #pragma once
 
 #include "../kernels.h"
@@ -17,24 +16,6 @@ struct GradientLaunch {
 
 LONGROPE_DEVICE int clamped(int64_t x, int most) {
     return static_cast<int>(x < 0 ? 0 : x < most ? x : most);
-}
-
-// Starts copying what there is of a tile of `left` rows that ends a sequence, zeros behind, by the producer's warp.
-template <class T, class TileT>
-LONGROPE_DEVICE void copy_rows(TileT tile, int64_t left, const Operand& x, int64_t b, int64_t head, int64_t token,
-                               int64_t head_dim) {
-    const T* base = row_of<T>(x, b, head, token);
-    copy_tile<32>(
-        tile, static_cast<int>(left), static_cast<int>(head_dim), [&](int r) { return base + r * x.token_stride; },
-        lane_index());
-}
-
-// And waits until the tensor cores may read it.
-LONGROPE_DEVICE void finish_copied_rows() {
-    copy_async_commit();
-    copy_async_wait<0>();
-    proxy_fence();
-    warp_sync();
 }
 
 // Launches a kernel over tensor maps of queries and grad_out in boxes of `rows` rows, keys and values in boxes of

@@ -107,7 +107,7 @@ LONGROPE_DEVICE void produce_queries(const GradientLaunch& launch) {
                 if (lane_index() != 0) continue;
                 const auto to = keys.tile(blocks);
                 const int64_t token = work.s.key_start + work.first_of(i);
-                mbarrier_expect(keys.full(blocks), to.kBytes);
+                keys.expect(blocks);
                 copy_bulk(launch.keys, launch.scratch.key, work.s.b, work.head, token, to.first(), keys.full(blocks));
                 copy_bulk(launch.values, p.value, work.s.b, work.head, token, to.second(), keys.full(blocks));
             }
@@ -124,10 +124,9 @@ LONGROPE_DEVICE void produce_queries(const GradientLaunch& launch) {
                 if (left < S::kRows) {
                     copy_rows<T>(to.first(), left, launch.scratch.query, work.s.b, head, token, p.head_dim);
                     copy_rows<T>(to.second(), left, launch.params.grad_out, work.s.b, head, token, p.head_dim);
-                    finish_copied_rows();
-                    if (lane_index() == 0) mbarrier_arrive(rows.full(count));
+                    rows.fill_copied(count);
                 } else if (lane_index() == 0) {
-                    mbarrier_expect(rows.full(count), to.kBytes);
+                    rows.expect(count);
                     copy_bulk(launch.queries, launch.scratch.query, work.s.b, head, token, to.first(),
                               rows.full(count));
                     copy_bulk(launch.grads, launch.params.grad_out, work.s.b, head, token, to.second(),
@@ -143,8 +142,7 @@ LONGROPE_DEVICE void produce_queries(const GradientLaunch& launch) {
                     }
                     store_shared(S::known(count, r), known);
                 }
-                warp_sync();
-                if (lane_index() == 0) mbarrier_arrive(rows.full(count));
+                rows.fill(count);
                 if (first_tile) bring_keys();  // after the queries, for which no group has to end its last block
                 first_tile = false;
             }
@@ -160,7 +158,6 @@ LONGROPE_DEVICE void consume_queries(const GradientLaunch& launch, int group) {
     const auto own = S::keys(group);
     const auto rows = S::rows();
     QueryWalk walk(S::kNotesAt);
-    if (group == 1) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of keys so far
 
     each_tile(launch.schedule, [&](int32_t tile) {
@@ -265,20 +262,12 @@ template <class T, int kHeadDim>
 LONGROPE_KERNEL(kThreads)
 key_gradient_sm90_kernel(const LONGROPE_GRID_CONSTANT GradientLaunch launch) {
     using S = KeyShape<kHeadDim>;
-    if (thread_index() == 0) {
-        for (int group = 0; group < kGroups; ++group) S::keys(group).begin();
-        S::rows().begin(2);  // the copies, and what is known of the rows
-        proxy_fence();
-    }
-    block_sync();
-    const int group = warp_index() / kGroupWarps - 1;
-    if (group < 0) {
-        shrink_registers<kProducerRegisters>();
-        if (warp_index() == 0) produce_queries<T, S>(launch);
-    } else {
-        grow_registers<kConsumerRegisters>();
-        consume_queries<T, kHeadDim>(launch, group);
-    }
+    run_pipeline(
+        [] {
+            for (int group = 0; group < kGroups; ++group) S::keys(group).begin();
+            S::rows().begin(2);  // the copies, and what is known of the rows
+        },
+        [&] { produce_queries<T, S>(launch); }, [&](int group) { consume_queries<T, kHeadDim>(launch, group); });
 }
 
 // Over blocks of the keys of shape S.

@@ -51,12 +51,45 @@ struct Ring {
     }
     LONGROPE_DEVICE void wait_full(int count) const { mbarrier_wait(full(count), parity(count)); }
     LONGROPE_DEVICE void wait_free(int count) const { mbarrier_wait(free(count), parity(count) ^ 1); }
+    // Bulk copies are to bring the tile; by one thread, and an arrival of the producer.
+    LONGROPE_DEVICE void expect(int count) const { mbarrier_expect(full(count), TileT::kBytes); }
+    // What the producer's warp has stored in the stage, or beside it, is there.
+    LONGROPE_DEVICE void fill(int count) const {
+        warp_sync();
+        if (lane_index() == 0) mbarrier_arrive(full(count));
+    }
+    // What it has begun to copy there by copy_rows is, and the tensor cores may read it.
+    LONGROPE_DEVICE void fill_copied(int count) const {
+        copy_async_commit();
+        copy_async_wait<0>();
+        proxy_fence();
+        fill(count);
+    }
     // The warp has done with the tile.
     LONGROPE_DEVICE void release(int count) const {
         warp_sync();
         if (lane_index() == 0) mbarrier_arrive(free(count));
     }
 };
+
+// A kernel: its rings begin, then a warp produces and two warpgroups consume, the first of which has the first turn.
+template <class Begin, class Produce, class Consume>
+LONGROPE_DEVICE void run_pipeline(const Begin& begin, const Produce& produce, const Consume& consume) {
+    if (thread_index() == 0) {
+        begin();
+        proxy_fence();
+    }
+    block_sync();
+    const int group = warp_index() / kGroupWarps - 1;
+    if (group < 0) {
+        shrink_registers<kProducerRegisters>();
+        if (warp_index() == 0) produce();
+    } else {
+        grow_registers<kConsumerRegisters>();
+        if (group == 1) give_turn(group);
+        consume(group);
+    }
+}
 
 // Calls `visit(tile)` for each of the block's tiles of the schedule.
 template <class Visit>
@@ -110,6 +143,16 @@ LONGROPE_DEVICE void copy_bulk(const TensorMap& map, const Operand& from, int64_
     for (int slab = 0; slab < TileT::kSlabs; ++slab)
         copy_tensor<4>(to.base + slab * TileT::kSlabBytes, map,
                        {column + 64 * slab, static_cast<int32_t>(token), of_head, of_batch}, full);
+}
+
+// Starts copying what there is of a tile of `left` rows that ends a sequence, zeros behind, by the producer's warp.
+template <class T, class TileT>
+LONGROPE_DEVICE void copy_rows(TileT tile, int64_t left, const Operand& x, int64_t b, int64_t head, int64_t token,
+                               int64_t head_dim) {
+    const T* base = row_of<T>(x, b, head, token);
+    copy_tile<32>(
+        tile, static_cast<int>(left), static_cast<int>(head_dim), [&](int r) { return base + r * x.token_stride; },
+        lane_index());
 }
 
 }  // namespace longrope

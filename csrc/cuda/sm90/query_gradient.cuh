@@ -75,7 +75,7 @@ LONGROPE_DEVICE void produce_keys(const GradientLaunch& launch) {
                 if (lane_index() != 0) continue;
                 const auto to = rows.tile(blocks);
                 const int64_t token = work.s.query_slot + work.first_of(group);
-                mbarrier_expect(rows.full(blocks), to.kBytes);
+                rows.expect(blocks);
                 copy_bulk(launch.queries, launch.scratch.query, work.s.b, work.head, token, to.first(),
                           rows.full(blocks));
                 copy_bulk(launch.grads, launch.params.grad_out, work.s.b, work.head, token, to.second(),
@@ -92,7 +92,7 @@ LONGROPE_DEVICE void produce_keys(const GradientLaunch& launch) {
                 for (int slab = count * S::kSlabs; slab < (count + 1) * S::kSlabs; ++slab) {
                     values.wait_free(slab);
                     if (lane_index() != 0) continue;
-                    mbarrier_expect(values.full(slab), S::ValueSlab::kBytes);
+                    values.expect(slab);
                     copy_bulk(launch.values, p.value, work.s.b, work.key_head, token, values.tile(slab),
                               values.full(slab), 64 * (slab % S::kSlabs));
                 }
@@ -101,10 +101,9 @@ LONGROPE_DEVICE void produce_keys(const GradientLaunch& launch) {
             keys.wait_free(count);
             if (left < S::kKeys) {
                 copy_rows<T>(keys.tile(count), left, launch.scratch.key, work.s.b, work.key_head, token, p.head_dim);
-                finish_copied_rows();
-                if (lane_index() == 0) mbarrier_arrive(keys.full(count));
+                keys.fill_copied(count);
             } else if (lane_index() == 0) {
-                mbarrier_expect(keys.full(count), S::KeyTile::kBytes);
+                keys.expect(count);
                 copy_bulk(launch.keys, launch.scratch.key, work.s.b, work.key_head, token, keys.tile(count),
                           keys.full(count));
             }
@@ -126,7 +125,6 @@ LONGROPE_DEVICE void consume_keys(const GradientLaunch& launch, int group) {
     const SharedAddress of_row = S::kNotesAt + (16 * (warp_index() - kGroupWarps) + lane_index() / 4) * S::kNoteBytes;
     const SeenColumns<8 * S::kNoteBytes> seen_keys{of_row};
     const auto known_at = [=](int r) -> SharedAddress { return of_row + 8 * r * S::kNoteBytes + 8; };
-    if (group == 1) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of queries so far
 
     each_tile(launch.schedule, [&](int32_t tile) {
@@ -257,21 +255,13 @@ template <class T, int kHeadDim>
 LONGROPE_KERNEL(kThreads)
 query_gradient_sm90_kernel(const LONGROPE_GRID_CONSTANT GradientLaunch launch) {
     using S = QueryShape<kHeadDim>;
-    if (thread_index() == 0) {
-        for (int group = 0; group < kGroups; ++group) S::rows(group).begin();
-        S::keys().begin();
-        S::values().begin();
-        proxy_fence();
-    }
-    block_sync();
-    const int group = warp_index() / kGroupWarps - 1;
-    if (group < 0) {
-        shrink_registers<kProducerRegisters>();
-        if (warp_index() == 0) produce_keys<T, S>(launch);
-    } else {
-        grow_registers<kConsumerRegisters>();
-        consume_keys<T, kHeadDim>(launch, group);
-    }
+    run_pipeline(
+        [] {
+            for (int group = 0; group < kGroups; ++group) S::rows(group).begin();
+            S::keys().begin();
+            S::values().begin();
+        },
+        [&] { produce_keys<T, S>(launch); }, [&](int group) { consume_keys<T, kHeadDim>(launch, group); });
 }
 
 template <class T, int kHeadDim>
