@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib.util
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "nvcc"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+# Sources that convert fp8, which have binaries for sm_89 of their own.
+CONVERTERS = ("cache_append.cu", "prepare_keys.cu", "sm80/attention_decode_fp8.cu")
 
 
 def cuobjdump() -> str | None:
@@ -205,7 +208,7 @@ class Rates:
     tensor_operations: float  # multiply-adds a cycle by mma.sync
     group_operations: float  # by wgmma
     fp32_lanes: int
-    l2_bytes: float
+    l2_bytes: float  # infinite where nobody says
     memory_bytes: float
     memory: str  # whose
 
@@ -213,17 +216,29 @@ class Rates:
 # 4 schedulers issue an instruction of a warp each; 16 exp2 and 128 bytes of shared memory a cycle on all of them, 64 or
 # 128 fp32 operations: CUDA C++ Programming Guide, arithmetic instructions and compute capabilities. Tensor cores: the
 # A100's and H100's whitepapers, 312 TFLOP/s of 108 multiprocessors at 1.41 GHz, 989 of 132 at 1.83; mma.sync on Hopper
-# reaches 0.62 of wgmma (Luo et al. 2024, arXiv:2402.13499). L2: 5,120 bytes a clock (A100); some 30 a multiprocessor on
-# Hopper. Memory: 2,039 GB/s (A100 80 GB), 4,800 (H200) over all multiprocessors.
+# reaches 0.62 of wgmma (Luo et al. 2024, arXiv:2402.13499); datasheets of the A10, 125 of 72 at 1.695, and of the L40S,
+# 362 of 142 at 2.52 (GeForce cards of these chips have half of it with fp32 accumulators). L2: 5,120 bytes a clock
+# (A100); some 30 a multiprocessor on Hopper. Memory: 2,039 GB/s (A100 80 GB), 4,800 (H200), 600 (A10), 864 (L40S) over
+# all multiprocessors.
 RATES = {
     "sm_80": Rates(1024, 0, 64, 47, 13.4, "A100 80 GB"),
+    "sm_86": Rates(512, 0, 128, math.inf, 4.9, "A10"),
+    "sm_89": Rates(512, 0, 128, math.inf, 2.4, "L40S"),
     "sm_90": Rates(0.62 * 2048, 2048, 128, 30, 21, "H200"),
 }
 
 
+TARGETS = ("sm_80", "sm_90", "sm_90a")  # what is said of all kernels; sm_86 and sm_89 run binaries of sm_80
+
+
 def rates_of(target: str) -> Rates:
-    """Return the rates of sm_80, sm_90 or sm_90a."""
+    """Return the rates of a target: sm_80, sm_86, sm_89, sm_90 or sm_90a."""
     return RATES[target.removesuffix("a")]
+
+
+def binary_of(source: str, target: str) -> str:
+    """Return the target that a source's binary for a GPU is built for; sources that convert fp8 have one for sm_89."""
+    return "sm_80" if target == "sm_86" or (target == "sm_89" and source not in CONVERTERS) else target
 
 
 SHARED_BYTES, EXP2_LANES, SCHEDULERS = 128, 16, 4
@@ -359,7 +374,8 @@ def total(parts: list[Cost], stored: int, read: int, target: str) -> Cost:
 
 def function_of(source: str, target: str, name: str) -> str:
     """Return the SASS of the one kernel of bf16 whose mangled name has a part."""
-    found = [x for mangled, x in of_file(source, target).items() if name in mangled and "Half" not in mangled]
+    kernels = of_file(source, binary_of(source, target))
+    found = [x for mangled, x in kernels.items() if name in mangled and "Half" not in mangled]
     if len(found) != 1:
         raise ValueError(f"{source} for {target}: {len(found)} kernels of bf16 with {name!r}, expected one")
     return found[0]
@@ -375,23 +391,26 @@ def tiles() -> Iterator[Tile]:
     """Every kernel with products, as bf16 of each head_dim takes it."""
     forward, backward, wide = (f"attention_{x}.cu" for x in ("forward", "backward", "backward_wide"))
     bf16 = "INS_12BFloat16BitsE"
-    for dim, keys in ((64, 64), (96, 32), (128, 32), (256, 64)):
-        name = f"attention_forward_kernel{bf16}Li{dim}ELi{keys}E"
-        yield Tile("forward", f"sm80/{forward}", "sm_80", name, dim, 128, keys, 2, 4 if dim <= 128 else 8)
-    for dim in (64, 96, 128):
-        name = f"query_gradient_kernel{bf16}Li{dim}ELi64E"
-        yield Tile("dq", f"sm80/{backward}", "sm_80", name, dim, 64, 64, 3, 4)
-        rows = 64 if dim <= 64 else 32
-        yield Tile("dk, dv", f"sm80/{backward}", "sm_80", f"key_gradient_kernel{bf16}Li{dim}E", dim, rows, 64, 4, 4)
-    teams = (r"LDGSTS|MUFU\.EX2", r"LDGSTS")
-    yield Tile("dq", f"sm80/{wide}", "sm_80", f"wide_query_gradient_kernel{bf16}", 256, 64, 32, 3, 8, 0, teams)
-    yield Tile("dk, dv", f"sm80/{wide}", "sm_80", f"wide_key_gradient_kernel{bf16}Li32E", 256, 32, 64, 4, 8, 0, teams)
+    for target in ("sm_80", "sm_86", "sm_89"):
+        little = target != "sm_80"  # shared memory of a multiprocessor, by which a launch chooses
+        for dim, keys in ((64, 64), (96, 32), (128, 32), (256, 32 if little else 64)):
+            name = f"attention_forward_kernel{bf16}Li{dim}ELi{keys}E"
+            yield Tile("forward", f"sm80/{forward}", target, name, dim, 128, keys, 2, 4 if dim <= 128 else 8)
+        for dim in (64, 96, 128):
+            keys, rows = 32 if little and dim == 128 else 64, 64 if dim <= 64 else 32
+            name = f"query_gradient_kernel{bf16}Li{dim}ELi{keys}E"
+            yield Tile("dq", f"sm80/{backward}", target, name, dim, 64, keys, 3, 4)
+            yield Tile("dk, dv", f"sm80/{backward}", target, f"key_gradient_kernel{bf16}Li{dim}E", dim, rows, 64, 4, 4)
+        teams, rows = (r"LDGSTS|MUFU\.EX2", r"LDGSTS"), 16 if little else 32
+        yield Tile("dq", f"sm80/{wide}", target, f"wide_query_gradient_kernel{bf16}", 256, 64, 32, 3, 8, 0, teams)
+        name = f"wide_key_gradient_kernel{bf16}Li{rows}E"
+        yield Tile("dk, dv", f"sm80/{wide}", target, name, 256, rows, 64, 4, 8, 0, teams)
     caches = (
         ("16 bits", "attention_decode.cu", "S1_", 2.0),
         ("int8", "attention_decode_int8.cu", "a", 1.03),
         ("fp8", "attention_decode_fp8.cu", "NS_3Fp8E", 1.03),
     )
-    for target, cache, dim in itertools.product(("sm_80", "sm_90"), caches, (64, 96, 128, 256)):
+    for target, cache, dim in itertools.product(RATES, caches, (64, 96, 128, 256)):
         stored, source, mangled, size = cache
         keys = 64 if dim <= 128 else 32
         name = f"attention_decode_kernel{bf16}Li{dim}E{mangled}E"
@@ -510,7 +529,7 @@ def compiler() -> str:
 
 def written() -> str:
     """Return the tables as docs/cuda.md has them."""
-    lines = [f"By nvcc {compiler()}, bf16:", "", *table_of_tiles(list(tiles())), ""]
+    lines = [f"By nvcc {compiler()}, bf16:", "", *table_of_tiles([x for x in tiles() if x.target in TARGETS]), ""]
     return "\n".join([*lines, *table_of_streams(list(streams()), ["sm_80", "sm_90"]), ""])
 
 
@@ -518,7 +537,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="", help="kernels whose file's name has this part")
-    parser.add_argument("--target", choices=("sm_80", "sm_90", "sm_90a"), help="one target only")
+    parser.add_argument("--target", choices=(*RATES, "sm_90a"), help="one target only")
     parser.add_argument("--write", action="store_true", help="put all tables into docs/cuda.md")
     arguments = parser.parse_args()
     if NVCC is None or cuobjdump() is None:
@@ -528,8 +547,9 @@ def main() -> None:
         before, rest = DOCUMENT.read_text().split(BEGIN)
         DOCUMENT.write_text(before + BEGIN + written() + END + rest.split(END)[1])
         return
-    some = [x for x in tiles() if arguments.source in x.source and arguments.target in (None, x.target)]
-    targets = [x for x in ("sm_80", "sm_90") if arguments.target in (None, x)]
+    wanted = [arguments.target] if arguments.target else TARGETS
+    some = [x for x in tiles() if arguments.source in x.source and x.target in wanted]
+    targets = [x for x in ("sm_80", "sm_90") if x in wanted]
     others = [x for x in streams() if arguments.source in x.source] if targets else []
     print("\n".join(table_of_tiles(some) * bool(some) + table_of_streams(others, targets) * bool(others)))
 
