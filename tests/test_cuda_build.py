@@ -313,6 +313,8 @@ def test_bulk_memory_is_accessed_16_bytes_at_a_time():
 # What a process without a driver is told, before any memory is touched, by the backend and by the module itself.
 ON_USE = """
 import torch
+
+import longrope_kernels as lk
 from longrope_kernels.backends import cuda
 
 print(cuda._native.__file__)
@@ -357,15 +359,14 @@ def test_without_a_driver_the_module_imports_and_says_so_on_use():
 def test_an_installation_builds_the_module_in_minutes(tmp_path):
     """As pip runs setup.py where nvcc is at hand, both modules from nothing: under 5 minutes on 2 cores.
 
-    What is held to that are the seconds of the processors. Those of other work are not among them, but it takes caches
-    and memory from the build, for which there is room where the machine has work to begin with.
+    What is held to that are the seconds of the processors: those of other work are not among them, though it takes
+    caches from the build.
     """
     pytest.importorskip("pybind11")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "longrope_kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    busy = os.getloadavg()[0] > 1
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
@@ -379,7 +380,7 @@ def test_an_installation_builds_the_module_in_minutes(tmp_path):
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert done.returncode == 0, done.stderr
     print(f"_cpu and _cuda: {time.monotonic() - began:.0f} s, {spent:.0f} s of processors")
-    assert spent < 2 * 300 * (1.4 if busy else 1)
+    assert spent < 2 * 300
     (module,) = (tmp_path / "longrope_kernels").glob("_cuda*.so")
     # The static runtime, no torch: one binary for all of its versions.
     needed = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
