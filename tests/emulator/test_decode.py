@@ -393,6 +393,42 @@ def test_values_beside_larger_ones_that_weigh_nothing(emulated, quantised):
     testing.check_reading(*with_large_values_that_weigh_nothing(quantised), PLAIN, "cuda")
 
 
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+@pytest.mark.parametrize("large", [2.0**29, 2.0**40, 2.0**90, torch.finfo(torch.bfloat16).max])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_large_element_of_a_query_may_mask_keys(emulated, quantised, large, interleaved):
+    """The keys that are left have 0 there: what counts is the others' scores, beside which fp16 has no such number."""
+    query, key, value = operands(1, (16, 2), (4, 256), 64)
+    query[:, 3:5, :, 63], key[..., 63] = large, torch.where(torch.arange(256) % 4 == 0, 0.0, -1.0).bfloat16()
+    cache = lk.KVCache(1, 2, 64, 256, torch.bfloat16, quantised, 64)
+    cache.append(key, value, backend="cuda")
+    testing.check_reading(cache, query, HALF.replace(interleaved=interleaved), "cuda")
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_changes_no_bit_of_the_others_of_its_block(emulated, quantised, bad):
+    problem = testing.Problem(*operands(1, (16, 2), (4, 256), 64), PLAIN, {"backend": "cuda"})
+    cache = lk.KVCache(1, 2, 64, 256, torch.bfloat16, quantised, 64)
+    cache.append(problem.key, problem.value, backend="cuda")
+    testing.check_bad_query(lambda query, _, __, scaling, **kwargs: cache.attend(query, scaling, **kwargs), problem, bad)
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+@pytest.mark.parametrize("large", [2.0**30, float("nan")])
+def test_values_that_no_row_of_a_block_sees_change_no_bit_of_it(emulated, quantised, large):
+    """The run's values are multiplied in fp16 or not, as the largest of them allows; of 16 heads a token is a block."""
+    query, key, value = operands(1, (16, 1), (2, 256), 64)
+    results = []
+    for factor in (1.0, large):
+        value[:, :, 255] *= factor
+        cache = lk.KVCache(1, 1, 64, 256, torch.bfloat16, quantised, 64)
+        cache.append(key, value, backend="cuda")
+        results.append(cache.attend(query, PLAIN, backend="cuda"))
+    assert not testing.same_bits(*(x[:, :, 1] for x in results))
+    assert testing.same_bits(*(x[:, :, 0] for x in results))
+
+
 @pytest.mark.parametrize("page_tokens", [1, 3, 16, 24, 64, 100])
 def test_pages_of_any_size_give_the_same_bits(emulated, page_tokens):
     query = operands(2, (8, 2), (3, 1))[0]

@@ -254,7 +254,7 @@ attention_decode_kernel(const DecodeLaunch launch) {
     }
 
     TileCopies<T, kHeadDim, Q> copies(launch, s, work.key_head, begin);
-    if constexpr (S::kQuantised) copies.start_scales(static_cast<int>(run_begin), begin);
+    if constexpr (S::kQuantised) copies.start_scales(static_cast<int>(run_begin), begin, end);
     copy_async_commit();
     copies.start(begin, 0);
     copy_async_commit();
@@ -265,7 +265,8 @@ attention_decode_kernel(const DecodeLaunch launch) {
         copy_async_wait<1>();
         block_sync();  // the scales are there, and the rotated queries
         run = prepare_scales<T, Q, S>(regime);
-        if constexpr (S::kPacked) store_queries<T, Q, S>(p.rotation, static_cast<int>(p.head_dim), rows);
+        if constexpr (S::kPacked)
+            run.keys = store_queries<T, Q, S>(p.rotation, static_cast<int>(p.head_dim), rows) && run.keys;
     }
 
     const ScoreScale& scale = launch.scale;

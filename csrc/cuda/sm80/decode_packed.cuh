@@ -7,8 +7,9 @@
 //     and multiplies the queries: a rotation does not mix pairs. The attention factor goes with it.
 //   - a row of the rotated queries has a unit that makes its largest element 2^14; it multiplies the scores.
 //   - the scales of the run's values have one unit, which multiplies the sums.
-// Scales that are 2^10 apart in one pair (values': 2^20), or not finite, are seldom: such a run takes the way of keys
-// anywhere (decode_keys.cuh).
+// Scales that are 2^10 apart in one pair (values': 2^20), or not finite, are seldom, and so are elements of a row 2^30
+// apart, as of a query that masks keys by one large element: such a run takes the way of keys anywhere
+// (decode_keys.cuh).
 //
 // Places. A word of a lane, four bytes, has dims 16 s + 4 t + i of step s, another those half a tile further on. Pairs
 // come two in a register: of the words' halves c = 0, 1, or, interleaved, the first and second dims of one word, c.
@@ -110,7 +111,7 @@ LONGROPE_DEVICE RunScales prepare_scales(const Regime& regime) {
         keys = !any_lane(!keys);
     }
     const float least = -warp_max(-values.least), most = warp_max(values.most);
-    const SharedAddress found_at = S::kFound + 12 * warp_index();
+    const SharedAddress found_at = S::found(warp_index());
     if (lane_index() == 0) {
         store_shared(found_at, least);
         store_shared(found_at + 4, most);
@@ -120,9 +121,9 @@ LONGROPE_DEVICE RunScales prepare_scales(const Regime& regime) {
     values = {};
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) {
-        values.least = fminf(values.least, load_shared<float>(S::kFound + 12 * w));
-        values.most = fmaxf(values.most, load_shared<float>(S::kFound + 12 * w + 4));
-        keys = keys && load_shared<bool>(S::kFound + 12 * w + 8);
+        values.least = fminf(values.least, load_shared<float>(S::found(w)));
+        values.most = fmaxf(values.most, load_shared<float>(S::found(w) + 4));
+        keys = keys && load_shared<bool>(S::found(w) + 8);
     }
     const bool divide = in_range(values.least, values.most, S::kPacked ? 0x1p20f : infinity());
     const float unit = divide ? unit_of(values.most) * 0x1p-14f : 1.0f;  // a probability of 1 then weighs at most 2^15
@@ -132,44 +133,55 @@ LONGROPE_DEVICE RunScales prepare_scales(const Regime& regime) {
     return {keys, divide};
 }
 
-// The rotated queries in fp32 become tiles: of T in the order of decode_keys.cuh, and
-// packed, with the units of their rows.
+// The rotated queries in fp32 become tiles: of T in the order of decode_keys.cuh, and packed, with the units of their
+// rows. Returns whether fp16 has the range of all rows; by all threads, which wait for one another. A row with a number
+// that is not finite comes to none either way, and does not count: it changes no bit of the others.
 template <class T, class Q, class S>
-LONGROPE_DEVICE void store_queries(const Rotation& rotation, int head_dim, int rows) {
+LONGROPE_DEVICE bool store_queries(const Rotation& rotation, int head_dim, int rows) {
     using P = PackedPlaces<S>;
     const Columns<2 * S::kPairs> columns(rotation);
     const bool interleaved = rotation.interleaved != 0;
     const typename S::QueryTile plain{0}, packed{S::QueryTile::kBytes};
+    bool fit = true;
     for (int row = rows + thread_index(); row < kBlockRows; row += S::kThreads)
         store_shared(S::kRowUnits + 4 * row, 0.0f);
 #pragma unroll 1
     for (int row = warp_index(); row < rows; row += S::kWarps) {
         const int lane = static_cast<int>(anew(lane_index()));  // places are made row by row: they take registers
         const SharedFloatRow from{S::kRotated + static_cast<SharedAddress>(row * head_dim * 4)};
-        float x[S::kPairs / 16], most = 0.0f;
+        float x[S::kPairs / 16];
+        Extremes of;
+        bool finite = true;
 #pragma unroll
         for (int i = 0; i < S::kPairs / 16; ++i) {
             const int dim = 32 * i + lane;
             if (dim >= head_dim) break;
             const int column = columns.column(dim);
-            x[i] = from.load1(dim);
-            store_shared(plain.element(row, Places<S>::query_column(column)), narrow<T>(x[i]));
-            x[i] *= load_shared<float>(S::kPairUnits + 4 * P::pair(interleaved, column));
-            most = fmaxf(most, x[i] < 0.0f ? -x[i] : x[i]);
+            const float rotated = from.load1(dim), size = rotated < 0.0f ? -rotated : rotated;
+            const float unit = load_shared<float>(S::kPairUnits + 4 * P::pair(interleaved, column));
+            store_shared(plain.element(row, Places<S>::query_column(column)), narrow<T>(rotated));
+            finite = finite && size < infinity();
+            of.add(size * unit);
+            x[i] = rotated * unit;
         }
-        const uint32_t exponent = as_bits(warp_max(most)) >> 23;
-        const uint32_t bounded = exponent < 27 ? 27 : exponent < 254 ? exponent : 254;
-        const float up = as_float((268 - bounded) << 23);
+        const float most = warp_max(of.most), unit = unit_of(fminf(most, 0x1p100f)) * 0x1p-14f;
+        finite = !any_lane(!finite);
+        fit = fit && (!finite || in_range(of.least, most, 0x1p30f));
 #pragma unroll
         for (int i = 0; i < S::kPairs / 16; ++i) {
             const int dim = 32 * i + lane;
             if (dim >= head_dim) break;
             const int column = P::query_column(interleaved, columns.column(dim));
-            store_shared(packed.element(row, column), narrow<Half>(x[i] * up));
+            store_shared(packed.element(row, column), narrow<Half>(x[i] * inverse_unit(unit)));
         }
-        if (lane_index() == 0)
-            store_shared(S::kRowUnits + 4 * row, inverse_unit(up) * (1.0f / Quantised<Q>::kLargestScale));
+        if (lane_index() == 0) store_shared(S::kRowUnits + 4 * row, unit * (1.0f / Quantised<Q>::kLargestScale));
     }
+    fit = !any_lane(!fit);
+    if (lane_index() == 0) store_shared(S::found(warp_index()) + 12, fit);
+    block_sync();
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) fit = fit && load_shared<bool>(S::found(w) + 12);
+    return fit;
 }
 
 // cos and sin of two pairs, in two registers of fp16.

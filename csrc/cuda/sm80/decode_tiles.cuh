@@ -39,8 +39,8 @@ struct DecodeShape {
     // keys, packed in fp16, with units of pairs and of rows.
     static constexpr int kGroups = kSplitKeys / kKeyGroup, kScaleBytes = kGroups * kHeadDim * 4;
     static constexpr int kValueScales = kMiddles + (kPacked ? 2 : kWarps) * kMiddleBytes;
-    static constexpr int kFound = kValueScales + (kQuantised ? kSplitKeys * 4 : 0), kValueUnit = kFound + 12 * kWarps;
-    static constexpr int kPackedScales = kFound + (kQuantised ? 64 : 0);
+    static constexpr int kFound = kValueScales + (kQuantised ? kSplitKeys * 4 : 0), kValueUnit = kFound + 16 * kWarps;
+    static constexpr int kPackedScales = kFound + (kQuantised ? 16 * kWarps + 16 : 0);
     static constexpr int kPairUnits = kPackedScales + (kPacked ? kScaleBytes / 2 : kQuantised ? kScaleBytes : 0);
     static constexpr int kRowUnits = kPairUnits + (kPacked ? kPairs * 4 : 0);
     static constexpr int kStages = (kRowUnits + (kPacked ? kBlockRows * 4 : 0) + 127) / 128 * 128;
@@ -75,6 +75,9 @@ struct DecodeShape {
         return kChannelScales + key / kKeyGroup * kHeadDim * 4;
     }
     static LONGROPE_DEVICE SharedAddress value_scale(int key) { return kValueScales + 4 * key; }
+    // What a warp has found: the least and the most of the values' scales; whether fp16 has the range of the scales of
+    // keys, and of the rows.
+    static LONGROPE_DEVICE SharedAddress found(int warp) { return kFound + 16 * warp; }
     static LONGROPE_DEVICE SharedAddress sum(int warp, int row, int column) {
         return kStages + ((warp * kBlockRows + row) * kSumStride + column) * 4;
     }
@@ -194,22 +197,24 @@ class TileCopies {
         look_up(me, first + S::kKeys);
     }
 
-    // Starts copying the scales of a quantised cache's run of keys from `begin` on, zeros for those it has not.
-    LONGROPE_DEVICE void start_scales(int run_begin, int begin) const {
+    // Starts copying the scales of a quantised cache's run: of keys `begin` to `end`, which the block's rows see; zeros
+    // for others, so that nothing depends on them.
+    LONGROPE_DEVICE void start_scales(int run_begin, int begin, int end) const {
         const Columns<kHeadDim> columns(p_.rotation);
         const bool chunks = columns.move_chunks_of(8);
         const int head_dim = static_cast<int>(p_.head_dim);
 #pragma unroll 1
         for (int i = thread_index(); i < S::kGroups * kHeadDim / 4; i += S::kThreads) {
             const int group = i / (kHeadDim / 4), dim = i % (kHeadDim / 4) * 4, first = run_begin + group * kKeyGroup;
-            const bool valid = first + kKeyGroup > begin && first + kKeyGroup <= length_ && dim < head_dim;
+            const bool seen = first + kKeyGroup > begin && first < end;
+            const bool valid = seen && first + kKeyGroup <= length_ && dim < head_dim;
             const float* scales = key_scale(p_, slot(valid ? first : begin), head_);
             copy_async<16>(S::channel_scales(group * kKeyGroup) + 4 * (chunks ? columns.column(dim) : dim),
                            scales + (valid ? dim : 0), valid);
         }
 #pragma unroll 1
         for (int i = thread_index(); i < kSplitKeys; i += S::kThreads) {
-            const bool valid = run_begin + i >= begin && run_begin + i < length_;
+            const bool valid = run_begin + i >= begin && run_begin + i < end;
             copy_async<4>(S::value_scale(i), value_scale(p_, slot(valid ? run_begin + i : begin), head_), valid);
         }
     }
