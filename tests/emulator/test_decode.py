@@ -394,6 +394,16 @@ def test_values_beside_larger_ones_that_weigh_nothing(emulated, quantised):
 
 
 @pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_scales_may_be_negative(emulated, quantised):
+    query, key, value = operands(1, (16, 2), (4, 256), 64)
+    cache = lk.KVCache(1, 2, 64, 256, torch.bfloat16, quantised, 64)
+    cache.append(key * 2.0**12, value * 2.0**12, backend="cuda")
+    for scales in (cache.pages.key_scale, cache.pages.value_scale):
+        scales.neg_()
+    testing.check_reading(cache, query * 2.0**-12, PLAIN, "cuda")
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
 @pytest.mark.parametrize("large", [2.0**29, 2.0**40, 2.0**90, torch.finfo(torch.bfloat16).max])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_a_large_element_of_a_query_may_mask_keys(emulated, quantised, large, interleaved):
@@ -411,7 +421,9 @@ def test_a_query_that_is_not_finite_changes_no_bit_of_the_others_of_its_block(em
     problem = testing.Problem(*operands(1, (16, 2), (4, 256), 64), PLAIN, {"backend": "cuda"})
     cache = lk.KVCache(1, 2, 64, 256, torch.bfloat16, quantised, 64)
     cache.append(problem.key, problem.value, backend="cuda")
-    testing.check_bad_query(lambda query, _, __, scaling, **kwargs: cache.attend(query, scaling, **kwargs), problem, bad)
+    testing.check_bad_query(
+        lambda query, _, __, scaling, **kwargs: cache.attend(query, scaling, **kwargs), problem, bad
+    )
 
 
 @pytest.mark.parametrize("quantised", ["int8", "fp8"])

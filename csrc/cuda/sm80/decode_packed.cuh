@@ -44,14 +44,15 @@ LONGROPE_DEVICE float warp_max(float x) {
     return x;
 }
 
-// A number that is not finite is as good as one out of range.
+// Of magnitudes: the least above 0, and the most. A number that is not finite is as good as one out of range.
 struct Extremes {
     float least = infinity(), most = 0.0f;
 
     LONGROPE_DEVICE void add(float x) {
-        if (!(x < infinity())) most = infinity();
-        most = fmaxf(most, x);
-        if (x > 0.0f) least = fminf(least, x);
+        const float magnitude = fabsf(x);
+        if (!(magnitude < infinity())) most = infinity();
+        most = fmaxf(most, magnitude);
+        if (magnitude > 0.0f) least = fminf(least, magnitude);
     }
 };
 
@@ -157,12 +158,11 @@ LONGROPE_DEVICE bool store_queries(const Rotation& rotation, int head_dim, int r
             const int dim = 32 * i + lane;
             if (dim >= head_dim) break;
             const int column = columns.column(dim);
-            const float rotated = from.load1(dim), size = rotated < 0.0f ? -rotated : rotated;
-            const float unit = load_shared<float>(S::kPairUnits + 4 * P::pair(interleaved, column));
+            const float rotated = from.load1(dim);
             store_shared(plain.element(row, Places<S>::query_column(column)), narrow<T>(rotated));
-            finite = finite && size < infinity();
-            of.add(size * unit);
-            x[i] = rotated * unit;
+            finite = finite && fabsf(rotated) < infinity();
+            x[i] = rotated * load_shared<float>(S::kPairUnits + 4 * P::pair(interleaved, column));
+            of.add(x[i]);
         }
         const float most = warp_max(of.most), unit = unit_of(fminf(most, 0x1p100f)) * 0x1p-14f;
         finite = !any_lane(!finite);
@@ -240,7 +240,7 @@ class PackedAngles {
     }
 
     // A thread has one place, and part of its distances: each is a token further on than the one before, and turned by
-    // one more product. 32 of them are off by 4e-6 at the most, a hundredth of what fp16 rounds away.
+    // one more product. 16 of them are off by 4e-6 at the most, a hundredth of what fp16 rounds away.
     static LONGROPE_DEVICE void fill(const Regime& regime, bool below) {
         constexpr int kParts = S::kThreads / S::kPairs > 0 ? S::kThreads / S::kPairs : 1, kOf = S::kKeys / 2 / kParts;
         const int64_t* turns = below ? regime.base_turns : regime.turns;
