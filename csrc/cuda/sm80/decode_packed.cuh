@@ -11,8 +11,9 @@
 // apart, as of a query that masks keys by one large element: such a run takes the way of keys anywhere
 // (decode_keys.cuh).
 //
-// Places. A word of a lane, four bytes, has dims 16 s + 4 t + i of step s, another those half a tile further on. Pairs
-// come two in a register: of the words' halves c = 0, 1, or, interleaved, the first and second dims of one word, c.
+// Places. In step s a lane has two words of a key, of four bytes: dims 16 s + 4 t + i, and those half a tile further
+// on. Pairs come two in a register. Where their dims are half a tile apart, register c = 0, 1 of a word has half c of
+// it; interleaved, the two registers of word c = 0, 1 have the first and the second dims of its two pairs.
 #pragma once
 
 #include "decode_keys.cuh"
@@ -20,8 +21,8 @@
 
 namespace longrope {
 
-// Whether fp16 has the range of the scales of a block's run. Those of values were then divided by a unit, which waits
-// in shared memory for the sums.
+// Whether fp16 has the range of a run's keys, with the block's queries; of its values, whose scales were then divided
+// by a unit, which waits in shared memory for the sums.
 struct RunScales {
     bool keys, values;
 };

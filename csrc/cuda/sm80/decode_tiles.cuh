@@ -30,8 +30,8 @@ struct DecodeShape {
     using ByteTile = Tile<kKeys, (kHeadDim / 2 + 31) / 32 * 32>;
     using StoredTile = std::conditional_t<kQuantised, ByteTile, KeyTile>;
 
-    // Half the frequencies; angles of the distances of keys from a middle, and of the middle: in fp32 of 8 from that of
-    // each warp's 16 keys, packed of half a tile from that of the tile, in two places in turn.
+    // Half the frequencies; the angles of distances from a middle, and of the middle. In fp32: 8 distances, and the
+    // middle of each warp's 16 keys. Packed: half a tile of distances, and the tile's middle, in two places in turn.
     static constexpr int kHalfTurns = (kPacked ? 2 : 1) * QueryTile::kBytes, kDistances = kHalfTurns + kPairs * 8;
     static constexpr int kMiddles = kDistances + (kPacked ? kKeys / 2 * 4 : 8 * 8) * kPairs;
     static constexpr int kMiddleBytes = (kPacked ? 4 : 8) * kPairs;  // a warp's or a tile's
