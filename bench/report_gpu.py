@@ -428,7 +428,7 @@ class Entry:
 
     def config(self, table: Table) -> Config:
         """The tile that the table has here."""
-        return Config(*table[self.kernel][self.target][self.bits][self.width])
+        return Config.of_list(table[self.kernel][self.target][self.bits][self.width])
 
 
 def entries(table: Table, **wanted: str | None) -> Iterator[Entry]:

@@ -1,9 +1,11 @@
 """The Triton backend where there is no GPU: its interpreter in another process, its choices, its refusals."""
 
+import inspect
 import os
 import pathlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from longrope_kernels.bundles import KEY_GROUP
 pytest.importorskip("triton")
 
 from longrope_kernels.backends.triton import configs, launch
+from longrope_kernels.backends.triton.forward import forward_kernel
 
 interpreted = pytest.mark.skipif(launch.interpreter_reason() is not None, reason=str(launch.interpreter_reason()))
 INTERPRETED = pathlib.Path(__file__).with_name("test_triton_interpreter.py")
@@ -119,7 +122,19 @@ def test_descriptors_are_taken_where_they_are_asked_for_and_the_hardware_has_the
                 assert configs.forward(target, 128, 2, plain=True).descriptors == (has and wanted)
         assert configs.forward(target, 128, 2, plain=True) == configs._chosen("forward", target, 128, 2)
     assert configs.Config(128, 64, 8, 2).to_list() == [128, 64, 8, 2]
-    assert configs.Config(*configs.Config(128, 64, 8, 2, True).to_list()).descriptors
+    assert configs.Config.of_list([128, 64, 8, 2, True]) == configs.Config(128, 64, 8, 2, True)
+
+
+def test_the_assembler_is_told_what_an_entry_says_where_triton_passes_it_on(monkeypatch):
+    entry = [32, 16, 8, 2, "--opt-level 1"]
+    config = configs.Config.of_list(entry)
+    assert config.to_list() == entry
+    assert not config.descriptors
+    named = launch.Launch(forward_kernel, (1,), dict.fromkeys(inspect.signature(forward_kernel.fn).parameters), config)
+    for version, told in (((3, 3), False), ((3, 4), True)):
+        monkeypatch.setattr(launch, "TRITON", version)
+        assert ("ptx_options" in named.options) == told
+    assert "ptx_options" not in replace(named, config=configs.Config(32, 16, 8, 2)).options
 
 
 @pytest.mark.parametrize("target", configs.TARGETS)

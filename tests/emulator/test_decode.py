@@ -479,6 +479,7 @@ PLANTED = {
     "sums without their values' unit": (ATTENTION, "* value_unit);", ");", "wrong"),
     "keys in fp16 whatever their scales": (PACKED, "keys && in_range(of.least, of.most, 0x1p10f)", "keys", "wrong"),
     "values in fp16 whatever their scales": (PACKED, "S::kPacked ? 0x1p20f : infinity()", "infinity()", "wrong"),
+    "values in bf16 without their sign": ("cuda/rows.cuh", "(low & 0x00800080u) | 0x43004300u", "0x43004300u", "wrong"),
     "bytes as they are": ("cuda/rows.cuh", "bytes ^ 0x80808080u;\n#pragma", "bytes;\n#pragma", "wrong"),
     "second dims turned alone": (PACKED, "multiply_halves(a, angle.sin)", "multiply_halves(b, angle.sin)", "wrong"),
     "the tail among the whole groups": (TILES, "whole_ || tail ||", "whole_ ||", "wrong|out of bounds|nothing"),

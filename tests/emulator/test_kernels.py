@@ -244,10 +244,10 @@ PLANTED = {
         "wrong result|out of bounds",
     ),
     "decode: pages of the tile before": (DECODE_TILES, "walk_.step(launch_);", "", 0, "wrong result"),
-    "decode: int8 without its sign": (
+    "decode: int8 values without their sign": (
         "cuda/rows.cuh",
-        "(low & 0x00800080u) | 0x43004300u)",
-        "0x43004300u)",
+        "permute(rows ^ 0x80808080u",
+        "permute(rows",
         0,
         "wrong result",
     ),

@@ -1,7 +1,7 @@
 """Which tile sizes, warps and pipeline stages a kernel runs with: data, picked by pure functions of the problem.
 
 The data is configs.json: kernel and variant, target, bits of an element, head width -> [rows, keys, warps, stages],
-and true behind them where keys come through tensor descriptors.
+and true behind them where keys come through tensor descriptors, or what else ptxas is told.
 `python -m bench.tune_gpu` writes it, from measurements on a GPU; until it has run on one, the figures are those that
 compile without spills and within the target's shared memory, two programs on a multiprocessor where that is possible
 (`make report-gpu` prints both).
@@ -18,13 +18,15 @@ import json
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Config:
     """Rows and keys of a tile, warps of a program, stages of its software pipeline.
 
-    With `descriptors` keys come through tensor descriptors where the operands allow it: `forward_kernel` alone.
+    With `descriptors` keys come through tensor descriptors where the operands allow it: `forward_kernel` alone. `ptxas`
+    are options of NVIDIA's assembler for this tile, where Triton takes them (from 3.4 on).
     """
 
     rows: int
@@ -32,10 +34,18 @@ class Config:
     warps: int
     stages: int
     descriptors: bool = False
+    ptxas: str = ""
 
-    def to_list(self) -> list[int]:
-        """The entry of the table: descriptors only where they are taken."""
-        return [self.rows, self.keys, self.warps, self.stages, *[True] * self.descriptors]
+    @classmethod
+    def of_list(cls, entry: list[Any]) -> Config:
+        """Return what an entry of the table says."""
+        sizes, others = entry[:4], entry[4:]
+        return cls(*sizes, True in others, next((x for x in others if isinstance(x, str)), ""))
+
+    def to_list(self) -> list[Any]:
+        """The entry of the table: descriptors and options only where there are any."""
+        sizes = [self.rows, self.keys, self.warps, self.stages]
+        return [*sizes, *[True] * self.descriptors, *[self.ptxas] * bool(self.ptxas)]
 
 
 # Keys of a run of split-key attention, counted from a sequence's first key. 512 keys of bf16 and head_dim 128 are
@@ -119,7 +129,7 @@ def rotates_in_tile(rows: int) -> bool:
 
 
 @functools.cache
-def table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+def table() -> dict[str, dict[str, dict[str, dict[str, list[Any]]]]]:
     """Return the data, read once."""
     return json.loads(TABLE.read_text())
 
@@ -128,8 +138,7 @@ def _chosen(kernel: str, target: str, head_width: int, itemsize: int) -> Config:
     if target == "interpreter":
         return _INTERPRETER[kernel.removesuffix(" extras").removesuffix(" int8").removesuffix(" fp8")]
     at = next(width for width in WIDTHS if width >= head_width)
-    rows, keys, warps, stages, *descriptors = table()[kernel][TILES_OF.get(target, target)][str(8 * itemsize)][str(at)]
-    return Config(rows, keys, warps, stages, any(descriptors))
+    return Config.of_list(table()[kernel][TILES_OF.get(target, target)][str(8 * itemsize)][str(at)])
 
 
 _by_descriptors: bool | None = None  # None: as the table says

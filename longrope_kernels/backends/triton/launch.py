@@ -30,6 +30,7 @@ def dotted(version: tuple[int, ...]) -> str:
 
 
 TRITON = _version(triton.__version__)
+TELLS_PTXAS = (3, 4)  # the first Triton whose launches have options for the assembler
 BLACKWELL = (3, 3)  # the first Triton whose assembler knows GPUs of compute capability 10 and up
 # NumPy 2.4 no longer makes a number of an array of one element; this Triton's interpreter is the first not to ask.
 NUMPY = (2, 4)
@@ -59,7 +60,10 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """The compiler's. Products fuse into sums whatever the environment or a later Triton (3.10) has as default."""
-        return {"num_warps": self.config.warps, "num_stages": self.config.stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.config.warps, "num_stages": self.config.stages, "enable_fp_fusion": True}
+        if self.config.ptxas and TRITON >= TELLS_PTXAS:
+            options["ptx_options"] = self.config.ptxas
+        return options
 
     def run(self) -> None:
         """Launch on the current device."""
