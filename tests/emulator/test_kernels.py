@@ -230,9 +230,9 @@ PLANTED = {
         "wrong result",
     ),
     "decode: keys in the order of their rows": (
-        DECODE_KEYS,
-        "return half == 0 ? 7 - column : 8 + column;",
-        "return 8 * half + column;",
+        DECODE_TILES,
+        "half == 0 ? first - 1 - distance",
+        "half == 0 ? first - 8 + distance",
         0,
         "wrong result",
     ),
