@@ -158,6 +158,7 @@ LONGROPE_DEVICE void consume_queries(const GradientLaunch& launch, int group) {
     const auto own = S::keys(group);
     const auto rows = S::rows();
     QueryWalk walk(S::kNotesAt);
+    if (group == 1) give_turn(group);
     int count = 0, blocks = 0;  // of tiles and of blocks of keys so far
 
     each_tile(launch.schedule, [&](int32_t tile) {
@@ -262,12 +263,21 @@ template <class T, int kHeadDim>
 LONGROPE_KERNEL(kThreads)
 key_gradient_sm90_kernel(const LONGROPE_GRID_CONSTANT GradientLaunch launch) {
     using S = KeyShape<kHeadDim>;
-    run_pipeline(
-        [] {
-            for (int group = 0; group < kGroups; ++group) S::keys(group).begin();
-            S::rows().begin(2);  // the copies, and what is known of the rows
-        },
-        [&] { produce_queries<T, S>(launch); }, [&](int group) { consume_queries<T, kHeadDim>(launch, group); });
+    // As run_pipeline: through its functions ptxas 13.0 keeps 8 bytes of head_dim 128 in local memory.
+    if (thread_index() == 0) {
+        for (int group = 0; group < kGroups; ++group) S::keys(group).begin();
+        S::rows().begin(2);  // the copies, and what is known of the rows
+        proxy_fence();
+    }
+    block_sync();
+    const int group = warp_index() / kGroupWarps - 1;
+    if (group < 0) {
+        shrink_registers<kProducerRegisters>();
+        if (warp_index() == 0) produce_queries<T, S>(launch);
+    } else {
+        grow_registers<kConsumerRegisters>();
+        consume_queries<T, kHeadDim>(launch, group);
+    }
 }
 
 // Over blocks of the keys of shape S.
