@@ -39,8 +39,8 @@ class Config:
     @classmethod
     def of_list(cls, entry: list[Any]) -> Config:
         """Return what an entry of the table says."""
-        sizes, others = entry[:4], entry[4:]
-        return cls(*sizes, True in others, next((x for x in others if isinstance(x, str)), ""))
+        rows, keys, warps, stages, *others = entry
+        return cls(rows, keys, warps, stages, True in others, next((x for x in others if isinstance(x, str)), ""))
 
     def to_list(self) -> list[Any]:
         """The entry of the table: descriptors and options only where there are any."""

@@ -60,10 +60,8 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """The compiler's. Products fuse into sums whatever the environment or a later Triton (3.10) has as default."""
-        options = {"num_warps": self.config.warps, "num_stages": self.config.stages, "enable_fp_fusion": True}
-        if self.config.ptxas and TRITON >= TELLS_PTXAS:
-            options["ptx_options"] = self.config.ptxas
-        return options
+        told = {"ptx_options": self.config.ptxas} if self.config.ptxas and TRITON >= TELLS_PTXAS else {}
+        return {"num_warps": self.config.warps, "num_stages": self.config.stages, "enable_fp_fusion": True, **told}
 
     def run(self) -> None:
         """Launch on the current device."""
