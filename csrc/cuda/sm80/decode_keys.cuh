@@ -246,10 +246,23 @@ LONGROPE_DEVICE void rotate_pairs(PairDims x, const CosSin (&angles)[2], bool in
     second = pack<T>(interleaved ? b.x : a.y, b.y);
 }
 
-// Adds step s of the products of the queries with the warp's rotated keys.
+// Adds step s of the products of the queries with the warp's rotated keys: their first dims and their second, by half.
+template <class T, class S>
+LONGROPE_DEVICE void multiply_rotated(float (&scores)[2][4], const typename S::QueryTile& queries, int s,
+                                      const uint32_t (&first)[2][2], const uint32_t (&second)[2][2]) {
+    uint32_t q[4];
+    load_left(q, queries, 0, s);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) multiply_add<T>(scores[half], q, first[half]);
+    load_left(q, queries, 0, s + S::kSteps / 2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) multiply_add<T>(scores[half], q, second[half]);
+}
+
+// The same of keys that are still to be rotated.
 template <class T, class S, class Keys, class Angles>
 LONGROPE_DEVICE void multiply_step(float (&scores)[2][4], int s, Keys& keys, const Angles& angles, bool interleaved) {
-    uint32_t first[2][2], second[2][2], q[4];
+    uint32_t first[2][2], second[2][2];
     keys.load(s);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -260,13 +273,7 @@ LONGROPE_DEVICE void multiply_step(float (&scores)[2][4], int s, Keys& keys, con
         for (int half = 0; half < 2; ++half)
             rotate_pairs<T>(keys.get(half, entry, c), turn[half], interleaved, first[half][c], second[half][c]);
     }
-    const typename S::QueryTile queries{0};
-    load_left(q, queries, 0, s);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) multiply_add<T>(scores[half], q, first[half]);
-    load_left(q, queries, 0, s + S::kSteps / 2);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) multiply_add<T>(scores[half], q, second[half]);
+    multiply_rotated<T, S>(scores, {0}, s, first, second);
 }
 
 template <class T, class S, bool kInterleaved, class Keys, class Angles>

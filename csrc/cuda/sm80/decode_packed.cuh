@@ -274,11 +274,10 @@ LONGROPE_DEVICE void turn_packed(uint32_t& first, uint32_t& second, const Packed
 template <class Q, class S, bool kInterleaved>
 LONGROPE_DEVICE void multiply_packed(float (&scores)[2][4], const PackedAngles<S>& angles, int group, int stage) {
     const typename S::ByteTile tile{S::stage(stage)};
-    const typename S::QueryTile queries{S::QueryTile::kBytes};
     const int row = S::key_row(lane_index() / 16);
 #pragma unroll
     for (int step = 0; step < S::kSteps / 2; ++step) {
-        uint32_t words[4], q[4];
+        uint32_t words[4];
         load_matrices(words, tile.chunk(row, step + lane_index() / 8 % 2 * (S::kSteps / 2)));
         const Vec16 scales = load_shared<Vec16>(PackedPlaces<S>::scales(group, step, lane_index() % 4));
         const uint32_t of_first[2] = {scales.word[0], scales.word[1]}, of_second[2] = {scales.word[2], scales.word[3]};
@@ -297,12 +296,7 @@ LONGROPE_DEVICE void multiply_packed(float (&scores)[2][4], const PackedAngles<S
                 turn_packed(first[half][1], second[half][1], turns[half][1]);
             }
         }
-        load_left(q, queries, 0, step);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) multiply_add<Half>(scores[half], q, first[half]);
-        load_left(q, queries, 0, step + S::kSteps / 2);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) multiply_add<Half>(scores[half], q, second[half]);
+        multiply_rotated<Half, S>(scores, {S::QueryTile::kBytes}, step, first, second);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -200,6 +200,7 @@ class TileCopies {
     // Starts copying the scales of a quantised cache's run: of keys `begin` to `end`, which the block's rows see; zeros
     // for others, so that nothing depends on them.
     LONGROPE_DEVICE void start_scales(int run_begin, int begin, int end) const {
+        const Sequence s(p_, b_);
         const Columns<kHeadDim> columns(p_.rotation);
         const bool chunks = columns.move_chunks_of(8);
         const int head_dim = static_cast<int>(p_.head_dim);
@@ -208,14 +209,15 @@ class TileCopies {
             const int group = i / (kHeadDim / 4), dim = i % (kHeadDim / 4) * 4, first = run_begin + group * kKeyGroup;
             const bool seen = first + kKeyGroup > begin && first < end;
             const bool valid = seen && first + kKeyGroup <= length_ && dim < head_dim;
-            const float* scales = key_scale(p_, slot(valid ? first : begin), head_);
+            const float* scales = key_scale(p_, slot_of(p_, s, valid ? first : begin), head_);
             copy_async<16>(S::channel_scales(group * kKeyGroup) + 4 * (chunks ? columns.column(dim) : dim),
                            scales + (valid ? dim : 0), valid);
         }
 #pragma unroll 1
         for (int i = thread_index(); i < kSplitKeys; i += S::kThreads) {
             const bool valid = run_begin + i >= begin && run_begin + i < end;
-            copy_async<4>(S::value_scale(i), value_scale(p_, slot(valid ? run_begin + i : begin), head_), valid);
+            copy_async<4>(S::value_scale(i), value_scale(p_, slot_of(p_, s, valid ? run_begin + i : begin), head_),
+                          valid);
         }
     }
 
@@ -289,11 +291,6 @@ class TileCopies {
                 token_[i] = there ? index : 0;
             }
         }
-    }
-
-    LONGROPE_DEVICE Slot slot(int index) const {
-        if (paged_) return slot_of(p_.pages, b_, index);
-        return {b_, load_global(p_.key_start + b_) + index};
     }
 
     // A tile of which all is there, in 16 bytes at a time.
