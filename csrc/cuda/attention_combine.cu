@@ -47,8 +47,7 @@ attention_combine_kernel(const CombineLaunch launch) {
     };
     float most = -infinity();
     for (int64_t split = thread_index(); split < scratch.splits; split += kThreads) most = fmaxf(most, lse_of(split));
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) most = fmaxf(most, shuffle_xor(most, mask));
+    most = warp_max(most);
     if (lane == 0) store_shared(place_of(warp_index(), kMaxHeadDim), most);
     block_sync();
 #pragma unroll

@@ -27,6 +27,13 @@ LONGROPE_DEVICE float quad_sum(float x) {
     return x + shuffle_xor(x, 2);
 }
 
+// Of a warp.
+LONGROPE_DEVICE float warp_max(float x) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) x = fmaxf(x, shuffle_xor(x, lane));
+    return x;
+}
+
 // tanh to a few units in the last place of 1: 1 - 2 / (1 + e^2|x|), and its series where that cancels.
 LONGROPE_DEVICE float tanh_fast(float x) {
     const float magnitude = x < 0.0f ? -x : x, square = x * x;

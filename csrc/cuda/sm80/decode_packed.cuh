@@ -39,11 +39,6 @@ LONGROPE_DEVICE float inverse_unit(float unit) {
 LONGROPE_DEVICE bool in_range(float least, float most, float apart) {
     return most == 0.0f || (most >= 0x1p-100f && most <= 0x1p100f && least * apart >= most);
 }
-LONGROPE_DEVICE float warp_max(float x) {
-#pragma unroll
-    for (int lane = 16; lane > 0; lane /= 2) x = fmaxf(x, shuffle_xor(x, lane));
-    return x;
-}
 
 // Of magnitudes: the least above 0, and the most. A number that is not finite is as good as one out of range.
 struct Extremes {
